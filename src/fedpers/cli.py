@@ -1,0 +1,162 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedpers.errors import FedpersError
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    help="Private federated personalization of language models, simulated.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+privacy_app = typer.Typer(help="Look at privacy before training.", no_args_is_help=True)
+app.add_typer(privacy_app, name="privacy")
+
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to it, such as privacy.epsilon=2 method=fedrep.", show_default=False)
+]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME, numbered if taken.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+) -> None:
+    """Run a simulation and print who gains, the claim, and where the figures are."""
+    from fedpers.config import load_config
+    from fedpers.reporting import reporter
+    from fedpers.simulation import simulate
+
+    console = Console(stderr=True)
+    progress = reporter(console, quiet)
+    try:
+        found = simulate(load_config(config, overrides or []), out, resume=resume, reporter=progress)
+    finally:
+        progress.close()
+    _print_run(found)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from fedpers.methods.base import Method
+    from fedpers.registry import find, names
+
+    table = Table("method", "adapter", "head", "what it does")
+    for name in names("methods"):
+        method = find("methods", name, Method)
+        table.add_row(name, str(method.scopes["adapter"]), str(method.scopes["head"]), method.summary())
+    Console().print(table)
+
+
+@privacy_app.command("plan")
+def privacy_plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print noise multiplier and noise against signal, before any training."""
+    from fedpers.config import load_config
+    from fedpers.experiment import prepare, shared_sizes
+    from fedpers.privacy.guarantee import plan_table
+
+    experiment = prepare(load_config(config, overrides or []))
+    guarantee = experiment.guarantee
+    out = Console()
+    out.print(
+        f"unit {guarantee.unit}, trust {guarantee.trust}, adjacency {guarantee.adjacency}\n"
+        f"target epsilon {experiment.config.privacy.epsilon:g}, delta {guarantee.delta:g}; noise multiplier "
+        f"{guarantee.noise_multiplier:.4f}, clip {guarantee.clip}, Poisson rate {guarantee.rate:g}, "
+        f"{guarantee.releases} noised steps, divided by {guarantee.denominator:g}\n"
+        f"head policy: {guarantee.head_policy}",
+        highlight=False,
+    )
+    table = Table("shared group", "numbers", "noise norm / clip", "noise norm / largest possible mean")
+    for row in plan_table(guarantee, shared_sizes(experiment)):
+        table.add_row(
+            str(row["group"]), str(row["numbers"]), f"{row['noise_over_clip']:.3f}", f"{row['noise_over_best']:.3f}"
+        )
+    out.print(table)
+    out.print("This is a plan. The claim of a run is computed from its ledger.", highlight=False)
+
+
+@app.command()
+def export(
+    run_directory: Annotated[Path, typer.Argument(help="A finished run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="A new directory.", show_default=False)],
+    public: Annotated[
+        bool, typer.Option("--public", help="Leave out everything private (the only kind so far).")
+    ] = False,
+) -> None:
+    """Copy what may be shown to others: shared adapter, claim, ledger, configuration."""
+    from fedpers.errors import RunDirectoryError
+    from fedpers.run_directory import export_public
+
+    if not public:
+        raise RunDirectoryError("export: say --public; copying private state is not what export is for.")
+    for name in export_public(run_directory, out):
+        typer.echo(out / name)
+
+
+def _print_run(found: Any) -> None:
+    out = Console()
+    summary = found.summary
+    table = Table("model", "accuracy", "95% interval", "worst decile", title=f"{summary['name']}: {summary['method']}")
+    for kind, one in summary["metrics"].items():
+        worst = "" if one["worst_decile"] is None else f"{one['worst_decile']:.3f}"
+        table.add_row(kind, f"{one['mean']:.3f}", f"{one['ci95'][0]:.3f} to {one['ci95'][1]:.3f}", worst)
+    out.print(table)
+    versus = Table("own against", "gain", "95% interval", "helped / tied / harmed", "by chance alone", "p (Wilcoxon)")
+    for kind, one in summary["comparisons"].items():
+        chance = one["null_helped"]
+        versus.add_row(
+            kind,
+            f"{one['mean_gain']:+.3f}",
+            f"{one['ci95'][0]:+.3f} to {one['ci95'][1]:+.3f}",
+            f"{one['helped']:g} / {one['tied']:g} / {one['harmed']:g}",
+            "" if chance is None else f"{chance['low']:g} to {chance['high']:g} helped",
+            f"{one['p_value']:.2g}",
+        )
+    out.print(versus)
+    for line in (summary["reading"], found.claim.sentence, _noise_line(summary)):
+        if line:
+            out.print(line + "\n", highlight=False, markup=False)
+    for path in sorted((found.path / "figures").glob("*.png")):
+        out.print(f"figure: {path}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"run directory: {found.path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _noise_line(summary: dict[str, Any]) -> str:
+    ratios = summary["noise_to_update"]
+    if not any(ratio > 0 for ratio in ratios.values()) or any(math.isnan(r) for r in ratios.values()):
+        return ""
+    shown = ", ".join(f"{group} {ratio:.2f}" for group, ratio in ratios.items())
+    return f"Noise over mean update, median over rounds: {shown}."
+
+
+def main() -> None:
+    """Run the command line: exit code 2 and one line for what a user can mend, 130 for Ctrl-C."""
+    from fedpers.models.assets_cli import app as assets_app
+
+    app.add_typer(assets_app, name="assets")
+    try:
+        app(standalone_mode=True)
+    except FedpersError as error:
+        print(f"fedpers: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fedpers: stopped; continue with the same command and --resume.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,135 @@
+"""The clients: what is run for users when a message arrives, for many users at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpers.cohort.batching import Step, epochs, poisson
+from fedpers.cohort.local_training import RecordProtection, Stats, train_phase
+from fedpers.cohort.model import CohortModel, Parameters
+from fedpers.cohort.personal_store import PersonalStore
+from fedpers.config import Config
+from fedpers.methods.base import PERSONAL, Phase, Plan
+from fedpers.privacy.guarantee import Guarantee
+from fedpers.privacy.randomness import Part, generator
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+
+class Clients:
+    """Runs a method's phases for cohorts of users. A cohort of one is still a cohort."""
+
+    def __init__(
+        self, config: Config, plan: Plan, guarantee: Guarantee, model: CohortModel, store: PersonalStore, secret: bytes
+    ) -> None:
+        self.config, self.plan, self.guarantee = config, plan, guarantee
+        self.model, self.examples, self.store = model, model.examples, store
+        self._secret = secret
+        self.shared_names = model.names(plan.shared)
+        self.stats = Stats()  # the simulator's own channel
+        self.nonfinite_updates = 0
+
+    def train_round(self, round_number: int, users: Sequence[int], shared: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Run the round's phases for users; returns what they send, (users, out, in) for each shared name.
+
+        New personal state is staged in the store. An update that is not finite is sent as no update at all.
+        """
+        start = {name: torch.from_numpy(np.array(shared[name])) for name in self.shared_names}
+        replies: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self.shared_names}
+        for cohort in self._cohorts(users):
+            parameters = self.model.broadcast(len(cohort), start)
+            parameters.update(self.store.read(cohort))
+            before = {name: value.clone() for name, value in parameters.items()}
+            for index, phase in enumerate(self.plan.round):
+                self.stats.add(self._train(parameters, cohort, phase, ("round", round_number, index)))
+            self._reset_nonfinite(parameters, before)
+            self.store.stage(cohort, parameters)
+            for name in self.shared_names:
+                replies[name].append(parameters[name].numpy())
+        return {name: np.concatenate(parts) for name, parts in replies.items()}
+
+    def finish(
+        self, users: Sequence[int], shared: Arrays, personal: PersonalStore | None
+    ) -> Iterator[tuple[list[int], Parameters]]:
+        """Train at home after the last release; yields cohorts and their own models.
+
+        `personal` holds the state from the rounds; None starts at the public initial values (the local-only baseline).
+        """
+        start = {name: torch.from_numpy(np.array(value)) for name, value in shared.items()}
+        for cohort in self._cohorts(users):
+            parameters = self.model.broadcast(len(cohort), start)
+            if personal is not None:
+                parameters.update(personal.read(cohort))
+            before = {name: value.clone() for name, value in parameters.items()}
+            for index, phase in enumerate(self.plan.finish):
+                self._train(parameters, cohort, phase, ("finish", index), at_home=True)
+            self._reset_nonfinite(parameters, before)
+            yield cohort, parameters
+
+    def with_plan(self, plan: Plan) -> Clients:
+        """The same clients under another method's table; the same random numbers make the two comparable."""
+        return Clients(self.config, plan, self.guarantee, self.model, self.store, self._secret)
+
+    def _cohorts(self, users: Sequence[int]) -> Iterator[list[int]]:
+        size = self.config.engine.cohort_size
+        for start in range(0, len(users), size):
+            yield list(users[start : start + size])
+
+    def _train(
+        self, parameters: Parameters, cohort: list[int], phase: Phase, address: tuple[Part, ...], at_home: bool = False
+    ) -> Stats:
+        personal = at_home or all(self.plan.scopes[group] is PERSONAL for group in phase.train)
+        settings = self.config.personal if personal else self.config.local
+        protection = None
+        if self.guarantee.unit == "record" and not at_home:
+            steps = poisson(self.examples, cohort, self.guarantee.steps, self.guarantee.rate, self._secret, address)
+            protection = self._protection(cohort, phase, address)
+        else:
+            steps = self._epochs(cohort, settings.epochs, settings.batch_size, address)
+        pull = None
+        if personal and self.config.personal.l2 > 0:
+            anchors = parameters if at_home else self.model.broadcast(len(cohort))
+            pull = (self.config.personal.l2, {name: anchors[name].clone() for name in self.model.names(phase.train)})
+        return train_phase(self.model, parameters, phase.train, steps, settings, pull=pull, protection=protection)
+
+    def _epochs(self, cohort: list[int], count: int, batch_size: int, address: tuple[Part, ...]) -> list[Step]:
+        return epochs(self.examples, cohort, count, batch_size, self._secret, address)
+
+    def _protection(self, cohort: list[int], phase: Phase, address: tuple[Part, ...]) -> RecordProtection:
+        names = self.model.names(phase.train)
+        shapes = [self.model.initial[name].shape for name in names]
+
+        def noise(step: int) -> list[Tensor]:
+            draws = [
+                generator(self._secret, *address, "noise", self.examples.users[user], step).standard_normal(
+                    sum(math.prod(shape) for shape in shapes)
+                )
+                for user in cohort
+            ]
+            flat = torch.from_numpy(np.stack(draws).astype(np.float32))
+            parts = torch.split(flat, [math.prod(shape) for shape in shapes], dim=1)
+            return [part.reshape(len(cohort), *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+        assert self.guarantee.clip is not None
+        return RecordProtection(
+            clip=self.guarantee.clip,
+            noise_multiplier=self.guarantee.noise_multiplier,
+            lot_size=self.guarantee.denominator,
+            noise=noise,
+        )
+
+    def _reset_nonfinite(self, parameters: Parameters, before: Parameters) -> None:
+        """Undo a client's whole training if any number of it is not finite; the others are not touched."""
+        bad = torch.zeros(len(next(iter(parameters.values()))), dtype=torch.bool)
+        for value in parameters.values():
+            bad |= ~torch.isfinite(value).flatten(1).all(dim=1)
+        if bad.any():
+            self.nonfinite_updates += int(bad.sum())
+            for name, value in parameters.items():
+                value[bad] = before[name][bad]

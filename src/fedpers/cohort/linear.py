@@ -1,0 +1,75 @@
+"""Linear layers whose weights belong to clients: each record passes through the weights of the client who owns it."""
+
+from __future__ import annotations
+
+import torch
+from opacus.grad_sample import register_grad_sampler
+from torch import Tensor, nn
+
+
+class Owners:
+    """Who owns each record of the current forward pass; one object shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.index = torch.zeros(0, dtype=torch.long)  # (records,), positions in the cohort
+
+    def set(self, index: Tensor) -> None:
+        """Set the owners of the coming forward pass, shape (records,)."""
+        self.index = index
+
+
+class CohortLinear(nn.Module):
+    """A bias-free linear layer for each client of a cohort; weight has shape (clients, out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, owners: Owners) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.owners = owners
+        self.weight = nn.Parameter(torch.zeros(1, out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (records, ..., in) to (records, ..., out)."""
+        # index_select, not weight[owners]: the latter's backward is not deterministic on a CPU.
+        weight = self.weight.index_select(0, self.owners.index)
+        flat = x.reshape(len(x), -1, self.in_features)
+        return torch.bmm(flat, weight.transpose(1, 2)).reshape(*x.shape[:-1], self.out_features)
+
+
+@register_grad_sampler(CohortLinear)  # type: ignore[untyped-decorator]
+def per_record_gradient(
+    layer: CohortLinear, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """Give Opacus each record's gradient in its owner's weight, shape (records, out, in)."""
+    if not layer.weight.requires_grad:
+        return {}
+    records = len(backprops)
+    inputs = activations[0].reshape(records, -1, layer.in_features)
+    outputs = backprops.reshape(records, -1, layer.out_features)
+    return {layer.weight: torch.bmm(outputs.transpose(1, 2), inputs)}
+
+
+def to_cohort(module: nn.Module, owners: Owners) -> dict[str, CohortLinear]:
+    """Replace every trainable nn.Linear below `module` by a CohortLinear; returns them by name.
+
+    Raises:
+        TypeError: a trainable linear with a bias, or another module that holds trainable parameters directly.
+    """
+    replaced: dict[str, CohortLinear] = {}
+    for name, child in list(module.named_modules()):
+        trainable = [key for key, p in child.named_parameters(recurse=False) if p.requires_grad]
+        if not trainable:
+            continue
+        if not isinstance(child, nn.Linear) or dict(child.named_parameters()).keys() != {"weight"}:
+            raise TypeError(
+                f"{name}: only bias-free linear layers can be trained in cohorts, found {type(child).__name__}"
+            )
+        parent_name, _, attribute = name.rpartition(".")
+        parent = module.get_submodule(parent_name)
+        layer = CohortLinear(child.in_features, child.out_features, owners)
+        layer.weight.data = child.weight.detach().unsqueeze(0).clone()
+        if isinstance(parent, nn.ModuleDict):
+            parent[attribute] = layer
+        else:
+            setattr(parent, attribute, layer)
+        replaced[name] = layer
+    return replaced

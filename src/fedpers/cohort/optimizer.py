@@ -1,0 +1,85 @@
+"""Opacus's DP optimizer for a cohort: clip per record, add into the owner's sum, add noise per client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fedpers.cohort.linear import Owners
+
+Noise = Callable[[int], Sequence[Tensor]]  # step -> standard normal tensors, one per parameter, (clients, out, in)
+
+
+class CohortDPOptimizer(DPOptimizer):  # type: ignore[misc]
+    """DP-SGD (Abadi et al., CCS 2016, Algorithm 1) for all clients of a cohort at once.
+
+    Each parameter is (clients, out, in), each `grad_sample` (records, out, in). Sums are divided by the public
+    constant `lot_size`, never by how many records the batch really held.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        owners: Owners,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        lot_size: float,
+        noise: Noise,
+    ) -> None:
+        super().__init__(
+            optimizer, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, expected_batch_size=None,
+            loss_reduction="sum",
+        )  # fmt: skip
+        self.owners, self.lot_size, self.noise = owners, lot_size, noise
+        self.steps = 0
+        self.records = self.clipped = self.nonfinite = 0  # for the simulator's eyes
+
+    def clip_and_accumulate(self) -> None:
+        """Clip each record's joint gradient to `max_grad_norm` and add it to its owner's sum.
+
+        A record whose gradient is not finite counts as zero: a rule that looks at this record alone.
+        """
+        samples = self.grad_samples
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in samples], dim=1).norm(dim=1)
+        finite = torch.isfinite(norms)
+        factor = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        self.records += len(norms)
+        self.clipped += int((factor[finite] < 1.0).sum())
+        self.nonfinite += int((~finite).sum())
+        for parameter, sample in zip(self.params, samples, strict=True):
+            kept = torch.where(finite[:, None, None], sample * factor[:, None, None], 0.0)
+            if parameter.summed_grad is None:
+                parameter.summed_grad = torch.zeros_like(parameter)
+            parameter.summed_grad.index_add_(0, self.owners.index, kept)
+
+    def accumulate(self) -> None:
+        """Take in the per-record gradients of one forward and backward pass; the logical batch goes on."""
+        self.signal_skip_step(True)
+        self.step()
+        self.zero_grad()
+
+    def finish_batch(self) -> None:
+        """End the logical batch: noise, scaling and the wrapped optimizer's step, for empty batches too."""
+        for parameter in self.params:
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape[1:]))
+        self.owners.set(torch.zeros(0, dtype=torch.long))
+        self.step()
+        self.zero_grad()
+        self.steps += 1
+
+    def add_noise(self) -> None:
+        """Add `noise_multiplier * max_grad_norm` times each client's own normal draw to its sum."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        noise = self.noise(self.steps) if deviation > 0 else [torch.zeros(()) for _ in self.params]
+        for parameter, draw in zip(self.params, noise, strict=True):
+            parameter.grad = parameter.summed_grad + deviation * draw
+
+    def scale_grad(self) -> None:
+        """Divide by the public lot size."""
+        for parameter in self.params:
+            parameter.grad /= self.lot_size

@@ -1,0 +1,118 @@
+"""What the frozen part of the backbone makes of each text, computed once and kept.
+
+Below the lowest adapted block nothing changes during a run, so each record's hidden states there are computed once,
+in fp32, and kept on disk under the hash of model, vocabulary, layer and token ids. Without adapters the whole backbone
+is frozen, and one pooled vector per record is all that is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fedpers.cohort.batching import Index, microbatches
+from fedpers.models import assets
+from fedpers.models.backbone import Backbone, Tokens
+
+MAX_BYTES = 8 * 2**30  # of all cached files together; the least recently used go first
+FORMAT = 1
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+class Embedded:
+    """Unit-length vectors of texts by the frozen backbone, shape (texts, width)."""
+
+    def __init__(self, backbone: Backbone, tokens: Tokens, budget: int, progress: Progress, what: str) -> None:
+        def fill(out: NDArray[np.float32], rows: Index, ids: Tensor, mask: Tensor) -> None:
+            out[rows] = backbone.encode(ids, mask).numpy()
+
+        shape = (len(tokens.ids), backbone.width)
+        self.vectors = torch.from_numpy(
+            np.array(_cached(backbone, tokens, "pooled", shape, fill, budget, progress, what))
+        )
+
+
+class Prefix:
+    """Hidden states that block `layer` reads, for every record; ragged, kept flat as (all tokens, width)."""
+
+    def __init__(self, backbone: Backbone, tokens: Tokens, layer: int, budget: int, progress: Progress) -> None:
+        self.lengths: Index = tokens.lengths.numpy()
+        self.offsets: Index = np.concatenate([[0], np.cumsum(self.lengths)])
+
+        def fill(out: NDArray[np.float32], rows: Index, ids: Tensor, mask: Tensor) -> None:
+            hidden = backbone.below(ids, mask, layer).numpy()
+            for place, row in enumerate(rows):
+                out[self.offsets[row] : self.offsets[row + 1]] = hidden[place, : self.lengths[row]]
+
+        shape = (int(self.offsets[-1]), backbone.width)
+        self.flat = _cached(backbone, tokens, f"layer{layer}", shape, fill, budget, progress, "frozen layers")
+
+    def batch(self, rows: Index) -> tuple[Tensor, Tensor]:
+        """Return hidden states (records, tokens, width), zero where padded, and the mask (records, tokens)."""
+        lengths = self.lengths[rows]
+        longest = int(lengths.max())
+        hidden = np.zeros((len(rows), longest, self.flat.shape[1]), dtype=np.float32)
+        for place, row in enumerate(rows):
+            hidden[place, : lengths[place]] = self.flat[self.offsets[row] : self.offsets[row + 1]]
+        mask = np.arange(longest)[None, :] < lengths[:, None]
+        return torch.from_numpy(hidden), torch.from_numpy(mask.astype(np.int64))
+
+
+def _cached(
+    backbone: Backbone,
+    tokens: Tokens,
+    kind: str,
+    shape: tuple[int, int],
+    fill: Callable[[NDArray[np.float32], Index, Tensor, Tensor], None],
+    budget: int,
+    progress: Progress,
+    what: str,
+) -> NDArray[np.float32]:
+    digest = hashlib.sha256(f"{FORMAT} {backbone.fingerprint()} {kind}".encode())
+    digest.update(tokens.lengths.numpy().tobytes())
+    for ids in tokens.ids:
+        digest.update(ids.numpy().tobytes())
+    folder = assets.cache_dir() / "features"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{digest.hexdigest()}.npy"
+    if path.exists():
+        os.utime(path)
+    else:
+        # A unique name until it is complete: a killed or a second process can never leave or read half a file.
+        scratch = folder / f"{uuid.uuid4().hex}.partial"
+        out = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.float32, shape=shape)
+        lengths: Index = tokens.lengths.numpy()
+        done = 0
+        try:
+            for rows in microbatches(lengths, budget):
+                ids = pad_sequence([tokens.ids[row] for row in rows], batch_first=True)
+                mask = torch.from_numpy((np.arange(ids.shape[1])[None, :] < lengths[rows][:, None]).astype(np.int64))
+                fill(out, rows, ids, mask)
+                done += len(rows)
+                progress(what, done, len(lengths))
+            out.flush()
+            del out
+            scratch.rename(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        _evict(folder, keep=path)
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def _evict(folder: Path, keep: Path) -> None:
+    files = sorted((f for f in folder.glob("*.npy") if f != keep), key=lambda f: f.stat().st_mtime)
+    size = sum(f.stat().st_size for f in folder.glob("*.npy"))
+    for file in files:
+        if size <= MAX_BYTES:
+            break
+        size -= file.stat().st_size
+        file.unlink(missing_ok=True)

@@ -1,0 +1,271 @@
+"""The configuration of a run: YAML, checked by pydantic, with overrides `key.path=value` from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from fedpers.errors import ConfigError
+
+GROUPS = ("adapter", "head")
+
+
+def _groups(value: Any) -> Any:
+    return tuple(value.split("+")) if isinstance(value, str) else value
+
+
+def _join(value: tuple[str, ...]) -> str:
+    return "+".join(value)
+
+
+Groups = Annotated[
+    tuple[Literal["adapter", "head"], ...], BeforeValidator(_groups), PlainSerializer(_join), Field(min_length=1)
+]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Whose records, and how many of them."""
+
+    name: str = "chitchat"
+    people: Literal["federation", "development"] = "federation"  # development: other people, to tune on
+    users: int | None = Field(None, ge=1)  # at most so many users, chosen by user id
+    min_train: int = Field(15, ge=1)
+    min_test: int = Field(5, ge=1)
+    max_train: int = Field(60, ge=1)  # records per user; bounds what one heavy user costs and shapes
+    max_test: int = Field(40, ge=1)
+    max_tokens: int = Field(48, ge=4, le=512)
+
+    @model_validator(mode="after")
+    def _caps(self) -> DataConfig:
+        for part in ("train", "test"):
+            low, high = getattr(self, f"min_{part}"), getattr(self, f"max_{part}")
+            if low > high:
+                raise ValueError(f"min_{part}={low} exceeds max_{part}={high}, so no user could take part")
+        return self
+
+
+class TaskConfig(Section):
+    """What is learnt."""
+
+    name: str = "reply-ranking"
+    candidates: int = Field(10, ge=2, le=100)  # the true reply and so many minus one others
+    scale: Positive = 20.0  # inverse temperature of the scores
+
+
+class AdapterConfig(Section):
+    """LoRA (Hu et al., ICLR 2022) on the top layers of the backbone."""
+
+    layers: int = Field(1, ge=1)
+    rank: int = Field(4, ge=1)
+    alpha: Positive = 8.0
+    targets: tuple[str, ...] = ("query", "value")
+
+
+class ModelConfig(Section):
+    """The frozen backbone and what is trained on top of it."""
+
+    backbone: str = "all-MiniLM-L6-v2"  # an asset's name, a local path or a Hugging Face id
+    adapter: AdapterConfig = AdapterConfig()
+
+
+class LearningRates(Section):
+    """One step size for each parameter group."""
+
+    adapter: Positive = 0.5
+    head: Positive = 0.1
+
+
+class TrainConfig(Section):
+    """Local training in a round, on the groups that the method moves."""
+
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(16, ge=1)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: LearningRates = LearningRates()
+
+
+class PersonalConfig(TrainConfig):
+    """Training of personal state: in the rounds for personal groups, and at home after the last release."""
+
+    epochs: int = Field(5, ge=1)
+    groups: Groups = ("head",)  # what is tuned at home after the last release
+    l2: float = Field(0.01, ge=0)  # pull toward the values that training at home starts from
+
+
+class ServerConfig(Section):
+    """A stock Flower strategy turns the clients' arrays into the next broadcast."""
+
+    strategy: str = "FedAvg"
+    options: dict[str, float | int] = {}
+
+
+def _epsilon(value: Any) -> Any:
+    return math.inf if isinstance(value, str) and value.strip().lower() in {"inf", ".inf", "none"} else value
+
+
+Epsilon = Annotated[
+    float,
+    BeforeValidator(_epsilon),
+    Field(gt=0),
+    PlainSerializer(lambda v: "inf" if math.isinf(v) else v, return_type=float | str, when_used="json"),
+]
+
+
+class PrivacyConfig(Section):
+    """What is protected, and how strongly."""
+
+    unit: Literal["none", "record", "user"] = "none"
+    epsilon: Epsilon = math.inf
+    delta: float = Field(1e-5, gt=0, lt=1)
+    clip: Positive | None = None  # L2 bound on one record's gradient or one user's update
+    record_rate: Rate = 0.25  # Poisson rate of records in a local DP-SGD step
+    secret: str | None = Field(None, repr=False)
+
+    @model_validator(mode="after")
+    def _complete(self) -> PrivacyConfig:
+        if self.unit == "none" and not math.isinf(self.epsilon):
+            raise ValueError(
+                f"epsilon={self.epsilon} is asked for but unit is none; set privacy.unit to record or user"
+            )
+        if self.unit != "none" and self.clip is None:
+            raise ValueError(f"unit={self.unit} needs clip, the L2 bound on one {self.unit}'s contribution")
+        return self
+
+
+class EngineConfig(Section):
+    """How the work is cut; none of it changes results beyond float tolerance."""
+
+    cohort_size: int = Field(16, ge=1)
+    token_budget: int = Field(4096, ge=512)
+    threads: int = Field(2, ge=1)
+
+
+class EvaluationConfig(Section):
+    """What is measured on the way."""
+
+    every: int = Field(1, ge=0)  # rounds between evaluations of the shared model; 0: never
+    local_only: bool = True  # also train one model per user without federation
+
+
+class FrontierConfig(Section):
+    """A small privacy-utility picture: each method at each epsilon, with the rest of the configuration as it is."""
+
+    methods: tuple[str, ...]
+    epsilons: tuple[Epsilon, ...]
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    method: str = "fedavg-finetune"
+    share: Groups = (
+        "adapter",
+        "head",
+    )  # groups that may be shared; a group that the method would share and is not listed is frozen
+    rounds: int = Field(10, ge=0)
+    client_rate: Rate = 1.0  # each client takes part in a round with this probability, independently (Poisson)
+    data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    local: TrainConfig = TrainConfig()
+    personal: PersonalConfig = PersonalConfig()
+    server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    frontier: FrontierConfig | None = None
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `key.path=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: no such file, broken YAML, unknown key, or a value that is not allowed.
+    """
+    tree: Any = {}
+    where = "configuration"
+    if path is not None:
+        where = str(path)
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}.")
+    for override in overrides:
+        _override(tree, override)
+    return parse_config(tree, where)
+
+
+def parse_config(tree: Any, where: str = "configuration") -> Config:
+    """Validate nested dictionaries; raises ConfigError naming key, value and what is allowed."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(tree, dict(item), where) for item in error.errors()[:3])) from error
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {text!r}: expected key=value, for example privacy.epsilon=2.")
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {text!r}: {parent!r} holds a value, not keys.")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML.") from error
+
+
+def _explain(tree: Any, item: dict[str, Any], where: str) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path) or "configuration"
+    if item["type"] == "extra_forbidden":
+        allowed = _keys_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], allowed, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}."
+        return f"{where}: unknown key {key!r}; {hint}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    found = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
+    if path and path[-1] == "secret":
+        found = ""
+    return f"{where}: {key}{found}: {message[0].lower()}{message[1:]}."
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        field = model.model_fields.get(part)
+        model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return list(FrontierConfig.model_fields) if part == "frontier" else []
+    return list(model.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved configuration as YAML, without the secret."""
+    tree = config.model_dump(mode="json")
+    tree["privacy"].pop("secret")
+    return yaml.safe_dump(tree, sort_keys=False)

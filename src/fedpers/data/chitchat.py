@@ -1,0 +1,154 @@
+"""Chit-chat challenge: 1,315 real people in 7,168 conversations (Myers, Etchart, Fulda 2020; MIT licence)."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpers.config import DataConfig
+from fedpers.data.base import Federation, PublicText, Record, Source, choose_users, role
+from fedpers.errors import DataError
+from fedpers.models import assets
+
+TEST_FROM = 0.6  # a conversation is for testing if its mean position in the two histories lies beyond
+POOL_CAP = 40  # texts per person in the public pool, so that no one talker fills it
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    speaker: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    id: str
+    start: str
+    turns: tuple[_Turn, ...]
+
+    @property
+    def speakers(self) -> frozenset[str]:
+        return frozenset(turn.speaker for turn in self.turns)
+
+
+class Chitchat(Source):
+    """Each record: the partner's last turn, and what the user really replied.
+
+    A whole conversation is either for training or for testing, for both its speakers: by the mean of its positions in
+    the two speakers' histories. A split per user would put a partner's training text into the other's test.
+    """
+
+    def load(self, config: DataConfig, key: bytes) -> Federation:
+        """Read the asset and build the federation of the configured people."""
+        conversations = _read(assets.fetch("chitchat"))
+        late = _late(conversations)
+        records: dict[str, dict[bool, list[Record]]] = defaultdict(lambda: {False: [], True: []})
+        for conversation in conversations:
+            for place, (before, turn) in enumerate(zip(conversation.turns, conversation.turns[1:], strict=False)):
+                if before.speaker != turn.speaker:
+                    record = Record(f"{conversation.id}/{place + 1}", conversation.id, before.text, turn.text)
+                    records[turn.speaker][conversation.id in late].append(record)
+        people = [user for user in sorted(records) if role(user) == config.people]
+        enough = [
+            user
+            for user in people
+            if len(records[user][False]) >= config.min_train and len(records[user][True]) >= config.min_test
+        ]
+        users = choose_users(enough, config.users, key)
+        pool, authors = _pool(conversations)
+        return Federation(
+            source="chitchat",
+            users=tuple(users),
+            # The latest training records and the earliest test records: closest in time to each other.
+            train=tuple(tuple(records[user][False][-config.max_train :]) for user in users),
+            test=tuple(tuple(records[user][True][: config.max_test]) for user in users),
+            pool=pool,
+            pool_authors=authors,
+            partners=_partners(conversations, users),
+            counts={
+                "people": len(people),
+                "skipped_too_few_records": len(people) - len(enough),
+                "not_chosen": len(enough) - len(users),
+                "train_records_capped": sum(max(0, len(records[user][False]) - config.max_train) for user in users),
+                "test_records_capped": sum(max(0, len(records[user][True]) - config.max_test) for user in users),
+            },
+            facts=_facts(conversations, users, authors, records, config),
+        )
+
+
+def _read(path: Path) -> list[_Conversation]:
+    """Parse the file, in order of time; messages without text and turns without messages are left out."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as JSON; run `fedpers assets fetch chitchat --force`.") from error
+    conversations = []
+    for identifier, item in tree.items():
+        turns = []
+        for messages in item["messages"]:
+            text = " ".join(message["text"].strip() for message in messages).strip()
+            if text:
+                turns.append(_Turn(messages[0]["sender"], text))
+        conversations.append(_Conversation(identifier, item["start"], tuple(turns)))
+    return sorted(conversations, key=lambda c: (c.start, c.id))
+
+
+def _late(conversations: list[_Conversation]) -> set[str]:
+    """Return the conversations for testing."""
+    history: dict[str, list[str]] = defaultdict(list)
+    for conversation in conversations:
+        for speaker in sorted(conversation.speakers):
+            history[speaker].append(conversation.id)
+    positions: dict[str, list[float]] = defaultdict(list)
+    for held in history.values():
+        for place, identifier in enumerate(held):
+            positions[identifier].append((place + 0.5) / len(held))
+    return {identifier for identifier, found in positions.items() if sum(found) / len(found) > TEST_FROM}
+
+
+def _pool(conversations: list[_Conversation]) -> tuple[tuple[PublicText, ...], frozenset[str]]:
+    """Return replies by the people whose id puts them outside the federation."""
+    taken: dict[str, int] = defaultdict(int)
+    pool = []
+    for conversation in conversations:
+        for place, turn in enumerate(conversation.turns[1:], start=1):
+            if role(turn.speaker) == "pool" and taken[turn.speaker] < POOL_CAP:
+                taken[turn.speaker] += 1
+                pool.append(PublicText(f"{conversation.id}/{place}", conversation.id, turn.text))
+    return tuple(pool), frozenset(taken)
+
+
+def _partners(conversations: list[_Conversation], users: list[str]) -> tuple[frozenset[int], ...]:
+    place = {user: index for index, user in enumerate(users)}
+    met: list[set[int]] = [set() for _ in users]
+    for conversation in conversations:
+        inside = [place[s] for s in conversation.speakers if s in place]
+        for user in inside:
+            met[user].update(other for other in inside if other != user)
+    return tuple(frozenset(others) for others in met)
+
+
+def _facts(
+    conversations: list[_Conversation],
+    users: list[str],
+    authors: frozenset[str],
+    records: dict[str, dict[bool, list[Record]]],
+    config: DataConfig,
+) -> tuple[str, ...]:
+    """Say in numbers where a member's words stand outside what the member's own client holds."""
+    members = set(users)
+    by_id = {conversation.id: conversation for conversation in conversations}
+    held = [(user, record) for user in users for record in records[user][False][-config.max_train :]]
+    from_member = sum(bool((by_id[r.conversation].speakers - {user}) & members) for user, r in held)
+    pooled = [c for c in conversations if c.speakers & authors]
+    with_member = sum(bool((c.speakers - authors) & members) for c in pooled)
+    return (
+        f"a person's words also stand as context in conversation partners' records: {from_member} of {len(held)} "
+        "training records quote another member, and what those clients hold is protected as theirs, not as the "
+        "quoted person's",
+        f"the public pool was written by people outside, yet {with_member} of their {len(pooled)} conversations had a "
+        "member as partner, to whom they may have replied",
+        "who takes part, the split into training and test, and the caps on records were fixed on the raw data",
+    )

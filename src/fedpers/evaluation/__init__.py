@@ -1,0 +1,1 @@
+"""Evaluation, per user first."""

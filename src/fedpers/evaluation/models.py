@@ -1,0 +1,139 @@
+"""Measuring models on the users' test records: own, global, local-only, zero-shot and somebody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpers.cohort.model import CohortModel, Parameters
+from fedpers.cohort.personal_store import PersonalStore
+from fedpers.methods.base import Plan
+from fedpers.privacy.randomness import order
+from fedpers.tasks.base import Examples
+
+Arrays = Mapping[str, NDArray[np.float32]]
+PerRecord = dict[str, NDArray[np.float64]]  # metric -> (records,)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One model per user. Kinds with the same `adapter` label encode contexts alike, so that is done once."""
+
+    parameters: Callable[[list[int]], Parameters]  # positions of users -> (users, out, in) by name
+    adapter: str
+    common: bool = False  # everyone has the same model
+
+
+def common(model: CohortModel, arrays: Arrays, adapter: str) -> Kind:
+    """The same arrays for everyone; names that are not given stay at their public initial value."""
+    given = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+    return Kind(lambda users: model.broadcast(len(users), given), adapter, common=True)
+
+
+def own(model: CohortModel, shared: Arrays, store: PersonalStore, plan: Plan, label: str = "own") -> Kind:
+    """Each user's personal groups on top of the shared arrays."""
+    given = {name: torch.from_numpy(np.array(value)) for name, value in shared.items()}
+
+    def parameters(users: list[int]) -> Parameters:
+        return model.broadcast(len(users), given) | store.read(users)
+
+    at_start = "shared" if shared else "initial"
+    return Kind(parameters, label if "adapter" in plan.personal else at_start)
+
+
+def swapped(kind: Kind, partner: Sequence[int]) -> Kind:
+    """Every user with somebody else's model."""
+    adapter = kind.adapter if kind.adapter in {"shared", "initial"} else "swap"
+    return Kind(lambda users: kind.parameters([partner[user] for user in users]), adapter)
+
+
+def measure(
+    model: CohortModel, users: Sequence[int], kinds: Mapping[str, Kind], cohort: int = 64
+) -> dict[str, PerRecord]:
+    """Return every kind's metrics on every test record, in the order of users and of their test rows."""
+    contexts: dict[str, Tensor] = {}
+    found: dict[str, PerRecord] = {}
+    for name, kind in kinds.items():
+        # One model for all needs no split into cohorts: a single owner holds every record.
+        cohorts = [list(users)] if kind.common else [list(users[i : i + cohort]) for i in range(0, len(users), cohort)]
+        parts: list[Mapping[str, Tensor]] = []
+        encoded: list[Tensor] = []
+        done = 0
+        for members in cohorts:
+            rows = np.concatenate([model.examples.test[user] for user in members])
+            owners = np.repeat(np.arange(len(members)), [len(model.examples.test[user]) for user in members])
+            if kind.common:
+                owners = np.zeros_like(owners)
+            model.load(kind.parameters(members[:1] if kind.common else members))
+            if kind.adapter in contexts:
+                context = contexts[kind.adapter][done : done + len(rows)]
+            else:
+                context = model.all_contexts(rows, owners)
+                encoded.append(context)
+            done += len(rows)
+            with torch.no_grad():
+                parts.append(model.task.metrics(model.scores(context, rows, torch.from_numpy(owners))))
+        if encoded:
+            contexts[kind.adapter] = torch.cat(encoded)
+        found[name] = {m: torch.cat([part[m] for part in parts]).double().numpy() for m in parts[0]}
+    return found
+
+
+def per_user(records: PerRecord, examples: Examples, users: Sequence[int]) -> list[dict[str, float]]:
+    """Average each user's records; one dictionary per user."""
+    edges = np.cumsum([0, *(len(examples.test[user]) for user in users)])
+    return [
+        {metric: float(values[edges[i] : edges[i + 1]].mean()) for metric, values in records.items()}
+        for i in range(len(users))
+    ]
+
+
+def shared_metrics(model: CohortModel, users: Sequence[int], shared: Arrays) -> list[dict[str, float]]:
+    """Metrics of the shared model for each user."""
+    found = measure(model, users, {"global": common(model, shared, "shared")})
+    return per_user(found["global"], model.examples, users)
+
+
+def rows(
+    found: Mapping[str, PerRecord], examples: Examples, users: Sequence[int], seed: int
+) -> list[dict[str, int | float | str]]:
+    """Return the rows of the users table: a row per user and kind."""
+    table: list[dict[str, int | float | str]] = []
+    own = found["own"]["accuracy"] > 0.5
+    edges = np.cumsum([0, *(len(examples.test[user]) for user in users)])
+    for kind, records in found.items():
+        other = records["accuracy"] > 0.5
+        for place, (user, metrics) in enumerate(zip(users, per_user(records, examples, users), strict=True)):
+            part = slice(edges[place], edges[place + 1])
+            table.append(
+                {
+                    "seed": seed,
+                    "user": user,
+                    "kind": kind,
+                    "test_records": len(examples.test[user]),
+                    "train_records": len(examples.train[user]),
+                    **metrics,
+                    "only_own": int((own[part] & ~other[part]).sum()),
+                    "only_other": int((~own[part] & other[part]).sum()),
+                }
+            )
+    return table
+
+
+def swap_partners(users: Sequence[str], met: Sequence[frozenset[int]], key: bytes) -> list[int]:
+    """Choose for each user somebody else whose personal state to try: never oneself, never a conversation partner.
+
+    Somebody who talked with everyone else gets a stranger nowhere; then ValueError is raised.
+    """
+    chosen = []
+    for user, name in enumerate(users):
+        candidates = [other for other in order(key, ("swap", name), users) if other != user and other not in met[user]]
+        if not candidates:
+            raise ValueError(f"user {user} has met every other member, so no swap control is possible")
+        chosen.append(int(candidates[0]))
+    return chosen

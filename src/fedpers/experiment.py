@@ -1,0 +1,119 @@
+"""From a configuration to everything that a run needs: people, model, method, guarantee."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fedpers.cohort.model import CohortModel
+from fedpers.config import Config
+from fedpers.data import Federation, load
+from fedpers.errors import DataError
+from fedpers.evaluation.models import swap_partners
+from fedpers.methods.base import Method, Plan, plan
+from fedpers.models import adapters
+from fedpers.models.backbone import Backbone
+from fedpers.privacy.guarantee import Guarantee, check_setup, resolve
+from fedpers.privacy.randomness import seed_key
+from fedpers.registry import find
+from fedpers.reporting import Reporter
+from fedpers.tasks.base import Examples, Task
+
+TUNING = "hyper-parameters, which were chosen on development users outside the federation"
+METRICS = "the metrics and figures of this run, which the simulator measures without noise"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that is fixed before the first round."""
+
+    config: Config
+    plan: Plan
+    local_plan: Plan  # the local-only baseline: the same training at home, from the public start
+    guarantee: Guarantee
+    federation: Federation
+    examples: Examples
+    task: Task
+    swap: list[int] | None  # whose personal state each user tries; None where nothing is personal
+
+    @property
+    def excluded(self) -> list[str]:
+        """What the accounting leaves out, for the claim."""
+        return [METRICS, TUNING, *self.federation.facts]
+
+    @property
+    def adapts(self) -> bool:
+        """Whether any adapter moves; if not, every context is encoded once."""
+        local = self.local_plan.trained if self.config.evaluation.local_only else ()
+        return "adapter" in {*self.plan.trained, *local}
+
+
+@dataclass
+class Reuse:
+    """What several runs in one process may share, by the part of the configuration that it depends on."""
+
+    federations: dict[str, tuple[Federation, Examples, Task]] = field(default_factory=dict)
+    models: dict[str, CohortModel] = field(default_factory=dict)
+
+
+def method_plan(name: str, config: Config) -> Plan:
+    """Look a method up and apply the configuration to its table."""
+    return plan(name, find("methods", name, Method), config)
+
+
+def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
+    """Load the federation, apply the method's table, check the guarantee. Trains nothing and loads no model.
+
+    Raises:
+        FedpersError: whatever cannot be used or claimed, before any work is done.
+    """
+    reuse = reuse or Reuse()
+    own_plan, local_plan = method_plan(config.method, config), method_plan("local", config)
+    check_setup(config, own_plan)  # refusals that need no data come first
+    key = _json(config, "data", "task", "seed")
+    if key not in reuse.federations:
+        federation = load(config, seed_key(config.seed))
+        task = find("tasks", config.task.name, Task)(config.task)  # type: ignore[type-abstract]
+        reuse.federations[key] = federation, task.prepare(federation, seed_key(config.seed)), task
+    federation, examples, task = reuse.federations[key]
+    guarantee = resolve(config, own_plan, users=len(federation.users), most_records=config.data.max_train)
+    swap = None
+    if own_plan.personal:
+        try:
+            swap = swap_partners(federation.users, federation.partners, seed_key(config.seed))
+        except ValueError as error:
+            raise DataError(f"data {federation.source}: {error}; raise data.users.") from error
+    return Experiment(config, own_plan, local_plan, guarantee, federation, examples, task, swap)
+
+
+def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None = None) -> CohortModel:
+    """Load the backbone and compute what is frozen, once for all runs that share it."""
+    config = experiment.config
+    torch.set_num_threads(config.engine.threads)
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    reuse = reuse or Reuse()
+    key = _json(config, "data", "task", "seed", "model", "engine") + str(experiment.adapts)
+    if key not in reuse.models:
+        reuse.models[key] = CohortModel(
+            config, experiment.task, experiment.examples, seed_key(config.seed), experiment.adapts, reporter.stage
+        )
+    return reuse.models[key]
+
+
+def shared_sizes(experiment: Experiment) -> dict[str, int]:
+    """How many numbers of each shared group a client sends; loads the backbone, computes nothing."""
+    backbone = Backbone(experiment.config.model.backbone)
+    sizes = {}
+    if "adapter" in experiment.plan.shared:
+        lora = adapters.place(backbone, experiment.config.model.adapter)
+        sizes["adapter"] = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    if "head" in experiment.plan.shared:
+        sizes["head"] = sum(p.numel() for p in experiment.task.head(backbone.width).parameters())
+    return sizes
+
+
+def _json(config: Config, *sections: str) -> str:
+    tree: dict[str, Any] = config.model_dump(mode="json", include=set(sections))
+    return repr(sorted(tree.items()))

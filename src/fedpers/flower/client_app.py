@@ -1,0 +1,51 @@
+"""The client side: one function answers messages, for a cohort in this process or for one node elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedpers.cohort.clients import Clients
+from fedpers.evaluation.models import shared_metrics
+from fedpers.flower import messages as wire
+
+Report = Callable[[Exception], None]
+
+
+def answer(clients: Clients, users: Sequence[int], messages: Sequence[Message], report: Report) -> list[Message]:
+    """Answer one round's messages to these users, in their order.
+
+    A failure is told to the server as a fixed code, and as it is to `report`, the simulator's own channel.
+    """
+    if not messages:
+        return []
+    try:
+        shared = wire.from_record(wire.arrays_of(messages[0]))
+        if messages[0].metadata.message_type.startswith("evaluate"):
+            # Raw metrics of single users are private; they travel only where nothing is claimed.
+            open_metrics = clients.guarantee.unit == "none"
+            found = shared_metrics(clients.model, users, shared) if open_metrics else [{} for _ in users]
+            return [wire.metrics_reply(m, one) for m, one in zip(messages, found, strict=True)]
+        replies = clients.train_round(wire.round_of(messages[0]), users, shared)
+        return [
+            wire.reply(message, {name: np.array(rows[place]) for name, rows in replies.items()}, clients.shared_names)
+            for place, message in enumerate(messages)
+        ]
+    except Exception as error:
+        report(error)
+        return [wire.failure(message) for message in messages]
+
+
+def make_client_app(clients: Clients, report: Report) -> ClientApp:
+    """Return a ClientApp that serves the user named by the node's `partition-id`."""
+    app = ClientApp()
+
+    def serve(message: Message, context: Context) -> Message:
+        return answer(clients, [int(context.node_config["partition-id"])], [message], report)[0]
+
+    app.train()(serve)
+    app.evaluate()(serve)
+    return app

@@ -1,0 +1,100 @@
+"""A small privacy-utility picture: the same run at several methods and privacy levels."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedpers.config import Config
+from fedpers.errors import ConfigError, PrivacyRefusal
+from fedpers.experiment import Experiment
+from fedpers.figures.frontier import FrontierCell, frontier
+from fedpers.privacy.claim import Claim
+from fedpers.privacy.randomness import derive, secret_key
+
+Outcome = tuple[Claim, dict[str, Any]]  # a run's claim and its summary (or the part of it that `summarize` makes)
+
+
+def cells(config: Config) -> dict[str, Config]:
+    """Return the configuration of every cell of `config.frontier`, by a name for its directory.
+
+    Epsilon infinity stands for no privacy at all: neither noise nor clipping. Each cell has a secret of its own.
+    """
+    assert config.frontier is not None
+    found = {}
+    for method in config.frontier.methods:
+        for epsilon in config.frontier.epsilons:
+            name = f"{method}-eps-{'inf' if math.isinf(epsilon) else format(epsilon, 'g')}"
+            private: dict[str, Any] = {"epsilon": epsilon}
+            if math.isinf(epsilon):
+                private |= {"unit": "none", "clip": None}
+            elif config.privacy.unit == "none":
+                raise ConfigError(
+                    "frontier.epsilons: finite values need privacy.unit record or user, and privacy.clip."
+                )
+            if config.privacy.secret is not None:
+                private["secret"] = derive(secret_key(config.privacy.secret), "cell", name).hex()
+            privacy = config.privacy.model_copy(update=private)
+            found[name] = config.model_copy(update={"method": method, "privacy": privacy, "frontier": None})
+    return found
+
+
+def check(config: Config, prepare: Callable[[Config], Experiment]) -> dict[str, str]:
+    """Return the refused cells and why. Raises ConfigError for what cannot be in the picture at all."""
+    refused = {}
+    for name, cell in cells(config).items():
+        try:
+            if not prepare(cell).plan.shared:
+                raise ConfigError(
+                    f"frontier.methods: {cell.method!r} shares nothing; it is drawn as the local-only band."
+                )
+        except PrivacyRefusal as refusal:
+            refused[name] = str(refusal)
+    return refused
+
+
+def draw(
+    config: Config, path: Path, main: Outcome, refused: dict[str, str], run: Callable[[Config, Path], Outcome]
+) -> None:
+    """Run the cells below `path`/frontier, except the one that is the main run, and draw them all.
+
+    Args:
+        config: the main run's configuration.
+        path: the main run's directory.
+        main: its claim and results.
+        refused: cells that must not run.
+        run: runs a cell's configuration in a directory, or continues it.
+    """
+    drawn = []
+    for name, cell in cells(config).items():
+        if name in refused:
+            continue
+        same = cell.method == config.method and cell.privacy.epsilon == config.privacy.epsilon
+        claim, result = main if same else run(cell, path / "frontier" / name)
+        metrics = result["metrics"]
+        if "local" not in metrics:
+            raise ConfigError("frontier: needs evaluation.local_only, the line that costs no privacy.")
+        drawn.append(
+            FrontierCell(
+                method=cell.method,
+                epsilon=claim.epsilon,
+                delta=config.privacy.delta,
+                unit=config.privacy.unit,
+                label=f"trust: {claim.trust}",
+                own=_range(metrics["own"]),
+                global_=_range(metrics["global"]),
+                local=_range(metrics["local"]),
+                zero_shot=metrics["zero_shot"]["mean"],
+            )
+        )
+    frontier(drawn, path / "figures", f"{config.name}: utility against privacy")
+    (path / "frontier").mkdir(exist_ok=True)
+    (path / "frontier" / "refused.json").write_text(json.dumps(refused, indent=2) + "\n", encoding="utf-8")
+
+
+def _range(metric: dict[str, Any]) -> tuple[float, float, float]:
+    low, high = metric["ci95"]
+    return metric["mean"], low, high

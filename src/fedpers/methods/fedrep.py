@@ -1,0 +1,14 @@
+"""Personal heads, fitted before the shared body."""
+
+from fedpers.methods.base import PERSONAL, SHARED, Method, Phase
+
+
+class FedRep(Method):
+    """Shared adapter, personal head; in each round first the head is fitted, then the adapter through it.
+
+    Collins, Hassani, Mokhtari, Shakkottai: Exploiting Shared Representations for Personalized Federated Learning,
+    ICML 2021, Algorithm 1.
+    """
+
+    scopes = {"adapter": SHARED, "head": PERSONAL}
+    round = (Phase("head"), Phase("adapter"))

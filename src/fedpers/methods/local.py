@@ -1,0 +1,13 @@
+"""Training at home only."""
+
+from fedpers.methods.base import PERSONAL, Method, Phase
+
+
+class Local(Method):
+    """One model per user, trained on that user's records alone; nothing is sent, so nothing needs protection.
+
+    The baseline that federation has to beat: it is free of privacy cost.
+    """
+
+    scopes = {"adapter": PERSONAL, "head": PERSONAL}
+    finish = (Phase("adapter", "head"),)

@@ -1,0 +1,1 @@
+"""Pretrained backbones, adapters, and the assets they come from."""

@@ -1,0 +1,177 @@
+"""The frozen backbone: loading, and running it in two parts, below and above the lowest adapted layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedpers.errors import AssetError, ConfigError
+from fedpers.models import assets
+
+
+class _Reached(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of many texts, ragged."""
+
+    ids: tuple[Tensor, ...]  # each (tokens,)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens per text, shape (texts,)."""
+        return torch.tensor([len(one) for one in self.ids], dtype=torch.long)
+
+
+class Backbone:
+    """A pretrained encoder with every dropout at 0, its tokenizer, and the stack of its blocks.
+
+    Dropout is 0 because Opacus needs train mode, and an active dropout would break the prefix cache, the equality of
+    cohorts and the replay of runs.
+    """
+
+    def __init__(self, name: str) -> None:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.name = name
+        path = _locate(name)
+        try:
+            config = transformers.AutoConfig.from_pretrained(path)
+            for key, value in config.to_dict().items():
+                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+                    setattr(config, key, 0.0)
+            self.model: Any = transformers.AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise AssetError(
+                f"model.backbone {name!r}: not an asset, and cannot be loaded as a local path or Hugging Face id "
+                f"({reason}); see `fedpers assets list`."
+            ) from error
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self.model.requires_grad_(False)
+        self.width: int = config.hidden_size
+        self._parent, self._attribute, self.blocks = _stack(self.model, name)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all weights, configuration and vocabulary: the key of what is cached about them."""
+        digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        digest.update(repr(sorted(self.model.config.to_dict().items(), key=lambda item: item[0])).encode())
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode() + value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def tokenize(self, texts: Sequence[str], max_tokens: int) -> Tokens:
+        """Return token ids, at most `max_tokens` per text, special tokens included."""
+        if not texts:
+            return Tokens(())
+        found = self.tokenizer(list(texts), truncation=True, max_length=max_tokens, padding=False)["input_ids"]
+        return Tokens(tuple(torch.tensor(ids, dtype=torch.long) for ids in found))
+
+    def below(self, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
+        """Return the hidden states (rows, tokens, width) that block `layer` reads, for token ids (rows, tokens)."""
+
+        # Stopping at the block's door works for every architecture, final norms and all.
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        handle = self.blocks[layer].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids, attention_mask=mask)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise ConfigError(f"model.backbone {self.name!r}: block {layer} is never run.")
+
+    def above(self, hidden: Tensor, mask: Tensor, layer: int) -> Tensor:
+        """Run block `layer` and those above on its input (rows, tokens, width); returns the last hidden states."""
+        # The model builds masks and positions itself; what it makes of the embeddings is replaced at the first block.
+        handle = self.blocks[layer].register_forward_pre_hook(
+            lambda _module, args, kwargs: (
+                ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            ),
+            with_kwargs=True,
+        )
+        try:
+            with self._only(slice(layer, None)):
+                output: Tensor = self.model(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+        finally:
+            handle.remove()
+        return output
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return unit-length text embeddings (rows, width) by the backbone as it stands."""
+        with torch.no_grad():
+            return pool(self.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+
+    def check_split(self, layer: int) -> None:
+        """Run one text whole and in two parts; raises ConfigError when they differ (an architecture we cannot cut)."""
+        ids = self.tokenize(["a text to compare with itself, and no more than that"], 16).ids[0].unsqueeze(0)
+        mask = torch.ones_like(ids)
+        whole = self.encode(ids, mask)
+        with torch.no_grad():
+            parts = pool(self.above(self.below(ids, mask, layer), mask, layer), mask)
+        if not torch.allclose(whole, parts, atol=1e-5):
+            raise ConfigError(
+                f"model.backbone {self.name!r}: cutting it at block {layer} changes its output, so its frozen part "
+                "cannot be cached; adapt all blocks (model.adapter.layers) or choose a BERT-like encoder."
+            )
+
+    @contextmanager
+    def _only(self, part: slice) -> Iterator[None]:
+        setattr(self._parent, self._attribute, nn.ModuleList(self.blocks[part]))
+        try:
+            yield
+        finally:
+            setattr(self._parent, self._attribute, self.blocks)
+
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the real tokens of (rows, tokens, width), scaled to unit length (sentence-transformers' recipe)."""
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+    return functional.normalize(mean, dim=-1)
+
+
+def _locate(name: str) -> str:
+    if name in assets.ASSETS:
+        return str(assets.fetch(name))
+    if not Path(name).exists() and "/" not in name:
+        assets.get(name)  # raises, with the nearest asset's name
+    return name
+
+
+def _stack(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.ModuleList]:
+    """Find the one list of blocks: the longest ModuleList whose members are all of one class."""
+    found = [
+        (len(child), parent, attribute, child)
+        for parent in model.modules()
+        for attribute, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1
+    ]
+    if not found:
+        raise ConfigError(f"model.backbone {name!r}: no stack of transformer blocks found in {type(model).__name__}.")
+    _, parent, attribute, blocks = max(found, key=lambda item: item[0])
+    return parent, attribute, blocks

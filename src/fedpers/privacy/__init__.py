@@ -1,0 +1,1 @@
+"""Guarantees, mechanisms, accounting and the ledger. Knows nothing of Flower or of models."""

@@ -1,0 +1,135 @@
+"""The federated part of a run: rounds through Flower, a checkpoint after each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from numpy.typing import NDArray
+
+from fedpers.cohort.clients import Clients
+from fedpers.config import GROUPS
+from fedpers.evaluation import models as evaluation
+from fedpers.experiment import Experiment
+from fedpers.flower import messages as wire
+from fedpers.flower.cohort_grid import CohortGrid
+from fedpers.flower.strategy import FedpersStrategy, RoundReport
+from fedpers.privacy.claim import spent
+from fedpers.privacy.ledger import Ledger, Opening
+from fedpers.reporting import Reporter
+from fedpers.run_directory import Checkpoint, RunDirectory
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+def federate(
+    experiment: Experiment, clients: Clients, directory: RunDirectory, reporter: Reporter
+) -> tuple[Arrays, Ledger, list[dict[str, Any]]]:
+    """Run the rounds that are left through Flower; returns final shared arrays, ledger and a row per round."""
+    config, model, secret = experiment.config, clients.model, directory.secret()
+    done = directory.recover(clients.store)
+    history = list(done.history) if done else []
+    shared: Arrays = {name: model.initial[name].numpy() for name in clients.shared_names}
+    if done is not None:
+        shared = done.shared
+        ledger = Ledger.rewind(directory.ledger, done.ledger_lines)
+    elif directory.ledger.exists():
+        ledger = Ledger.rewind(directory.ledger, 1)
+    else:
+        ledger = Ledger.create(directory.ledger, _opening(experiment, clients))
+    rounds = config.rounds if clients.shared_names else 0
+    users = experiment.examples.users
+    strategy = FedpersStrategy(
+        config, experiment.guarantee, users, ledger, secret, first_round=len(history)
+    )  # fmt: skip
+    if done is not None:
+        strategy.load_state(done.strategy)
+    round_began = time.monotonic()
+
+    def after_round(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Flower calls this with the new broadcast: measure, write the checkpoint, report."""
+        nonlocal shared, round_began
+        if number == 0:
+            return None
+        shared = wire.from_record(arrays)
+        seconds, round_began = time.monotonic() - round_began, time.monotonic()
+        assert strategy.report is not None
+        row = _row(len(history) + 1, clients, strategy.report, spent(ledger))
+        if config.evaluation.every and (row["round"] % config.evaluation.every == 0 or row["round"] == rounds):
+            row |= _measure(experiment, clients, shared)
+        history.append(row)
+        users_changed, rows = clients.store.drain()
+        directory.commit(
+            Checkpoint(row["round"], len(ledger), shared, strategy.state(), history), users_changed, rows, clients.store
+        )
+        directory.note_time(f"round {row['round']}", seconds)
+        reporter.round({**row, "clients_per_second": row["clients"] / max(seconds, 1e-9)}, rounds)
+        return None
+
+    if len(history) < rounds:
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+        initial = wire.to_record(shared, clients.shared_names)
+        strategy.start(
+            CohortGrid(clients), initial, num_rounds=rounds - len(history), train_config=ConfigRecord(),
+            evaluate_fn=after_round,
+        )  # fmt: skip
+    return shared, ledger, history
+
+
+def _opening(experiment: Experiment, clients: Clients) -> Opening:
+    config, guarantee = experiment.config, experiment.guarantee
+    return Opening(
+        unit=guarantee.unit,
+        trust=guarantee.trust,
+        adjacency=guarantee.adjacency,
+        delta=None if guarantee.unit == "none" else guarantee.delta,
+        population=len(experiment.examples.users),
+        protected=guarantee.protected,
+        method=config.method,
+        head_policy=guarantee.head_policy,
+        shared_names=list(clients.shared_names),
+        client_sampling="all" if config.client_rate == 1 else "poisson",
+        record_sampling="poisson" if guarantee.unit == "record" and guarantee.rate < 1 else "all",
+        secret="kept by the simulator" if config.privacy.secret is None else "given in the configuration",
+    )
+
+
+def _row(number: int, clients: Clients, report: RoundReport, epsilon: float) -> dict[str, Any]:
+    """One row of rounds.parquet: the simulator's own channel, private in a deployment."""
+    stats, clients.stats = clients.stats, type(clients.stats)()
+    nonfinite, clients.nonfinite_updates = clients.nonfinite_updates, 0
+    row: dict[str, Any] = {
+        "round": number,
+        "clients": report.clients,
+        "train_loss": stats.loss_sum / stats.records if stats.records else None,
+        "epsilon": None if np.isinf(epsilon) else epsilon,
+        "records_clipped": stats.clipped,
+        "records_nonfinite": stats.nonfinite,
+        "updates_clipped": report.clipped,
+        "updates_nonfinite": report.nonfinite + nonfinite,
+        "median_update_norm": None if np.isnan(report.median_update_norm) else report.median_update_norm,
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+    }
+    for group in GROUPS:
+        signal, noise = (report.signal or {}).get(group), (report.noise or {}).get(group)
+        row[f"signal_{group}"], row[f"noise_{group}"] = signal, noise
+    return row | {"global_accuracy": None, "own_accuracy": None}
+
+
+def _measure(experiment: Experiment, clients: Clients, shared: Arrays) -> dict[str, float]:
+    """Mean accuracy over users of the shared model and, if personal state moves in the rounds, of the users' own."""
+    users = range(len(experiment.examples.users))
+    kinds = {"global": evaluation.common(clients.model, shared, "shared")}
+    if experiment.plan.feedback:
+        kinds["own"] = evaluation.own(clients.model, shared, clients.store, experiment.plan)
+    found = evaluation.measure(clients.model, users, kinds)
+    return {
+        f"{kind}_accuracy": float(
+            np.mean([user["accuracy"] for user in evaluation.per_user(r, experiment.examples, users)])
+        )
+        for kind, r in found.items()
+    }

@@ -1,0 +1,262 @@
+"""A run on disk: what it holds, how it survives being killed, and what of it may be shown to others.
+
+After each round the changed personal rows go to a journal, then the server's checkpoint is renamed into place, then the
+journal is applied to the personal store. A round that is killed anywhere is repeated with the same random numbers and
+never reads a row that it already wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from fedpers.cohort.personal_store import Changes, PersonalStore
+from fedpers.config import Config, dump_config
+from fedpers.errors import RunDirectoryError
+from fedpers.privacy.randomness import secret_key
+
+PUBLIC = ("config.yaml", "environment.json", "claim.json", "ledger.jsonl", "adapters")
+Arrays = Mapping[str, NDArray[Any]]
+_FIRST = {"private", "environment.json", ".environment.json.partial", ".config.yaml.partial"}  # before a run counts
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The server's side of a run after a round: nothing personal."""
+
+    round: int
+    ledger_lines: int
+    shared: dict[str, NDArray[np.float32]]
+    strategy: dict[str, NDArray[Any]]
+    history: list[dict[str, Any]]  # a row per round, for rounds.parquet
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.private = path / "private"
+        self.ledger = path / "ledger.jsonl"
+        self.figures = path / "figures"
+        self.adapters = path / "adapters" / "shared"
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunDirectory:
+        """Start a run in a new or empty directory; writes config, environment and secret.
+
+        Raises:
+            RunDirectoryError: the directory holds something already, or cannot be written.
+        """
+        run = cls(path)
+        if run.started or (path.exists() and any(item.name not in _FIRST for item in path.iterdir())):
+            raise RunDirectoryError(
+                f"{path} holds another run; continue it with --resume, or choose a new directory with --out."
+            )
+        try:
+            run.private.mkdir(parents=True, exist_ok=True)
+            run.private.chmod(0o700)
+            run._write("environment.json", json.dumps(environment(config), indent=2, sort_keys=True) + "\n")
+            run._write_secret(secret_key(config.privacy.secret))
+            run._write("config.yaml", dump_config(config))  # last: from here on the run can be resumed
+        except OSError as error:
+            raise RunDirectoryError(f"{path}: cannot be written ({error.strerror}).") from error
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, config: Config) -> RunDirectory:
+        """Open a run to continue it, with the same configuration.
+
+        Raises:
+            RunDirectoryError: its configuration or secret is another one.
+        """
+        run = cls(path)
+        stored = path / "config.yaml"
+        old, new = yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(dump_config(config))
+        if changed := sorted(_differences(old, new)):
+            raise RunDirectoryError(
+                f"{stored} differs from the configuration given in {', '.join(changed)}; resume with the same one."
+            )
+        if config.privacy.secret is not None and secret_key(config.privacy.secret) != run.secret():
+            raise RunDirectoryError(f"{path}: was started with another privacy.secret; leave it out to resume.")
+        return run
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a run to continue; config.yaml is the first file that counts."""
+        return (self.path / "config.yaml").exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end; summary.json is written last."""
+        return (self.path / "summary.json").exists()
+
+    def secret(self) -> bytes:
+        """Read the key of noise and sampling."""
+        return secret_key((self.private / "secret").read_text(encoding="ascii").strip())
+
+    def commit(self, checkpoint: Checkpoint, users: Sequence[int], rows: Changes, store: PersonalStore) -> None:
+        """Make a round final: journal, checkpoint, personal rows, in this order."""
+        journal = self.private / "journal.safetensors"
+        if users:
+            _save(journal, {"users": np.array(users, np.int64), **{f"rows/{n}": r for n, r in rows.items()}}, {
+                "round": str(checkpoint.round)
+            })  # fmt: skip
+        arrays = {f"shared/{n}": a for n, a in checkpoint.shared.items()}
+        arrays |= {f"strategy/{n}": a for n, a in checkpoint.strategy.items()}
+        about = {
+            "round": checkpoint.round,
+            "ledger_lines": checkpoint.ledger_lines,
+            "history": checkpoint.history,
+        }
+        _save(self.private / "checkpoint.safetensors", arrays, {"about": json.dumps(about)})
+        store.apply(users, rows)
+        journal.unlink(missing_ok=True)
+
+    def recover(self, store: PersonalStore) -> Checkpoint | None:
+        """Return the last checkpoint, with the personal store brought to the same round; None before the first.
+
+        Raises:
+            RunDirectoryError: a damaged checkpoint or journal.
+        """
+        path, journal = self.private / "checkpoint.safetensors", self.private / "journal.safetensors"
+        if not path.exists():
+            journal.unlink(missing_ok=True)
+            return None
+        arrays, metadata = _load(path)
+        about = json.loads(metadata["about"])
+        if journal.exists():
+            rows, journal_metadata = _load(journal)
+            if int(journal_metadata["round"]) == about["round"]:  # else of a round that will be repeated
+                store.apply(
+                    rows["users"].tolist(),
+                    {n.removeprefix("rows/"): r for n, r in rows.items() if n.startswith("rows/")},
+                )
+            journal.unlink()
+        return Checkpoint(
+            round=about["round"],
+            ledger_lines=about["ledger_lines"],
+            shared={n.removeprefix("shared/"): a for n, a in arrays.items() if n.startswith("shared/")},
+            strategy={n.removeprefix("strategy/"): a for n, a in arrays.items() if n.startswith("strategy/")},
+            history=about["history"],
+        )
+
+    def fresh_store(self, name: str, users: int, initial: Mapping[str, Tensor]) -> PersonalStore:
+        """Return an empty personal store under private/, dropping what a killed attempt left there."""
+        shutil.rmtree(self.private / name, ignore_errors=True)
+        return PersonalStore(self.private / name, users, initial)
+
+    def note_time(self, what: str, seconds: float) -> None:
+        """Append a wall time; these live apart, so that everything else can be compared byte for byte."""
+        with (self.path / "timing.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": what, "seconds": round(seconds, 3)}) + "\n")
+
+    def seconds(self) -> float:
+        """Wall time of all attempts at this run that came to an end."""
+        lines = (self.path / "timing.jsonl").read_text(encoding="utf-8").splitlines()
+        return float(sum(one["seconds"] for one in map(json.loads, lines) if one["what"] == "run"))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file in one step: it is whole or not there."""
+        self._write(name, text)
+
+    def _write(self, name: str, text: str) -> None:
+        scratch = self.path / f".{name}.partial"
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(self.path / name)
+
+    def _write_secret(self, secret: bytes) -> None:
+        descriptor = os.open(self.private / "secret", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secret.hex() + "\n")
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """Versions and machine that the bytes of a run depend on; no names, no dates."""
+    packages = ("torch", "numpy", "transformers", "peft", "opacus", "dp-accounting", "flwr", "scipy", "pyarrow")
+    return {
+        "fedpers": version("fedpers"),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "threads": config.engine.threads,
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def export_public(run: Path, out: Path) -> list[str]:
+    """Copy what a release may hold: no personal state, no secret, no metrics (they are measured without noise).
+
+    Raises:
+        RunDirectoryError: the run is not finished, or `out` is not empty.
+    """
+    if not RunDirectory(run).finished:
+        raise RunDirectoryError(f"{run}: no finished run; finish it with `fedpers run ... --resume` first.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunDirectoryError(f"{out} is not an empty directory; choose another one.")
+    out.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for name in PUBLIC:
+        source = run / name
+        if source.is_dir():
+            shutil.copytree(source, out / name)
+        elif source.exists():
+            shutil.copy(source, out / name)
+        else:
+            continue  # a method that shares nothing has no adapters
+        copied.append(name)
+    return copied
+
+
+def _save(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
+    ready = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    scratch = path.with_suffix(".partial")
+    save_file(ready, scratch, metadata={**metadata, "digest": _digest(ready, metadata)})
+    with scratch.open("rb+") as file:
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata())
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, TypeError) as error:
+        raise _damaged(path) from error
+    if metadata.pop("digest", None) != _digest(arrays, metadata):
+        raise _damaged(path)
+    return arrays, metadata
+
+
+def _damaged(path: Path) -> RunDirectoryError:
+    return RunDirectoryError(f"{path} is damaged; restore it from a copy, or start the run again in a new directory.")
+
+
+def _digest(arrays: Arrays, metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = set(old) | set(new)
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))]
+    return [] if old == new else [prefix]

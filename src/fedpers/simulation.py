@@ -1,0 +1,237 @@
+"""A run, from configuration to claim."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpers import frontier
+from fedpers.cohort.clients import Clients
+from fedpers.cohort.model import CohortModel
+from fedpers.cohort.personal_store import PersonalStore
+from fedpers.config import GROUPS, Config
+from fedpers.evaluation import models as evaluation
+from fedpers.evaluation.per_user import summarize, users_table, write_table
+from fedpers.experiment import Experiment, Reuse, build_model, prepare
+from fedpers.figures.curve import learning_curve
+from fedpers.figures.gain import per_user_gain
+from fedpers.methods.base import PERSONAL
+from fedpers.models.adapters import load as load_adapters
+from fedpers.privacy.claim import Claim, claim_from
+from fedpers.reporting import Reporter
+from fedpers.rounds import federate
+from fedpers.run_directory import RunDirectory
+
+Arrays = dict[str, NDArray[np.float32]]
+ROUNDS = pa.schema(
+    [
+        ("round", pa.int64()),
+        ("clients", pa.int64()),
+        ("train_loss", pa.float64()),
+        ("epsilon", pa.float64()),
+        ("global_accuracy", pa.float64()),
+        ("own_accuracy", pa.float64()),
+        *(
+            (name, pa.int64())
+            for name in ("records_clipped", "records_nonfinite", "updates_clipped", "updates_nonfinite")
+        ),
+        ("median_update_norm", pa.float64()),
+        *((f"{what}_{group}", pa.float64()) for what in ("signal", "noise") for group in GROUPS),
+        ("bytes_up", pa.int64()),
+        ("bytes_down", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    config: Config
+    claim: Claim
+    summary: dict[str, Any]
+
+    @property
+    def users(self) -> pa.Table:
+        """A row per user and model kind."""
+        return pq.read_table(self.path / "users.parquet")
+
+    @property
+    def rounds(self) -> pa.Table:
+        """A row per round."""
+        return pq.read_table(self.path / "rounds.parquet")
+
+    @property
+    def shared(self) -> Arrays:
+        """The final shared arrays; empty for a method that shares nothing."""
+        folder = self.path / "adapters" / "shared"
+        return load_adapters(folder) if folder.exists() else {}
+
+
+def simulate(
+    config: Config,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    reuse: Reuse | None = None,
+) -> Run:
+    """Run a configuration, or continue it; returns the finished run.
+
+    Args:
+        config: what to run.
+        out: the run directory; by default `runs/NAME`, with a number appended when that is taken.
+        resume: continue what a killed run left in `out`; starts it if nothing is there.
+        reporter: whom to tell about progress; by default nobody.
+        reuse: what to share with other runs in this process.
+
+    Raises:
+        FedpersError: for anything that the caller can mend; nothing is written over.
+    """
+    reporter, reuse = reporter or Reporter(), reuse or Reuse()
+    began = time.monotonic()
+    experiment = prepare(config, reuse)
+    refused = frontier.check(config, lambda cell: prepare(cell, reuse)) if config.frontier else {}
+    directory = _open(config, out if out is not None else _free(Path("runs"), config.name, resume), resume)
+    if directory.finished:
+        reporter.message(f"{directory.path}: this run is finished already")
+        return load(directory.path, config)
+    reporter.message(_people(experiment))
+    model = build_model(experiment, reporter, reuse)
+    users = range(len(experiment.examples.users))
+    store = PersonalStore(directory.private / "rounds", len(users), _initial(model, experiment.plan.groups(PERSONAL)))
+    clients = Clients(config, experiment.plan, experiment.guarantee, model, store, directory.secret())
+
+    shared, ledger, history = federate(experiment, clients, directory, reporter)
+    claim = claim_from(ledger, expected_rounds=len(history), excluded=experiment.excluded)
+    kinds = _train_at_home(experiment, clients, shared, directory, reporter)
+    found = evaluation.measure(model, users, kinds)
+
+    table = users_table(evaluation.rows(found, experiment.examples, users, config.seed))
+    rounds = pa.Table.from_pylist(history, schema=ROUNDS)
+    write_table(table, directory.path / "users.parquet")
+    write_table(rounds, directory.path / "rounds.parquet")
+    if shared:
+        model.save_shared(directory.adapters, shared)
+    directory.write_text("claim.json", claim.to_json())
+    result = summarize(table, metric=experiment.task.metric, seed=config.seed)
+    references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
+    learning_curve(rounds, references, claim.label(), directory.figures)
+    per_user_gain(
+        table, claim.label(), directory.figures, against="global" if experiment.plan.personal else "zero_shot"
+    )
+    if config.frontier is not None:
+        frontier.draw(
+            config, directory.path, (claim, result), refused, lambda cell, place: _cell(cell, place, reporter, reuse)
+        )  # fmt: skip
+    directory.note_time("run", time.monotonic() - began)
+    summary = _summary(experiment, claim, result, history, directory.seconds())
+    directory.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+    return Run(directory.path, config, claim, summary)
+
+
+def load(path: Path, config: Config) -> Run:
+    """Read a finished run."""
+    claim = Claim.from_json((path / "claim.json").read_text(encoding="utf-8"))
+    return Run(path, config, claim, json.loads((path / "summary.json").read_text(encoding="utf-8")))
+
+
+def _cell(config: Config, path: Path, reporter: Reporter, reuse: Reuse) -> frontier.Outcome:
+    reporter.message(f"frontier: {path.name}")
+    cell = simulate(config, path, resume=True, reporter=reporter, reuse=reuse)
+    return cell.claim, cell.summary
+
+
+def _train_at_home(
+    experiment: Experiment, clients: Clients, shared: Arrays, directory: RunDirectory, reporter: Reporter
+) -> dict[str, evaluation.Kind]:
+    """Run what follows the last release, for the method and the local-only baseline; returns the models to measure."""
+    model, plan = clients.model, experiment.plan
+    users = range(len(experiment.examples.users))
+
+    def finish(who: Clients, start: Arrays, rounds: PersonalStore | None, name: str) -> PersonalStore:
+        store = directory.fresh_store(name, len(users), _initial(model, who.plan.personal))
+        done = 0
+        for cohort, parameters in who.finish(users, start, rounds):
+            store.stage(cohort, parameters)
+            store.apply(*store.drain())
+            done += len(cohort)
+            reporter.stage(f"training at home ({name})", done, len(users))
+        return store
+
+    kinds = {"own": evaluation.common(model, shared, "shared" if shared else "initial")}
+    kinds["global"] = kinds["own"]
+    if plan.personal:
+        kinds["own"] = evaluation.own(model, shared, finish(clients, shared, clients.store, "own"), plan)
+    if experiment.config.evaluation.local_only:
+        local = clients.with_plan(experiment.local_plan)
+        kinds["local"] = evaluation.own(model, {}, finish(local, {}, None, "local"), experiment.local_plan, "local")
+    kinds["zero_shot"] = evaluation.common(model, {}, "initial")
+    if experiment.swap is not None:
+        kinds["swap"] = evaluation.swapped(kinds["own"], experiment.swap)
+    return kinds
+
+
+def _open(config: Config, path: Path, resume: bool) -> RunDirectory:
+    directory = RunDirectory(path)
+    if resume and directory.started:
+        return RunDirectory.reopen(path, config)
+    return RunDirectory.create(path, config)
+
+
+def _free(parent: Path, name: str, resume: bool) -> Path:
+    """`runs/NAME`, or the first `runs/NAME-2`, `-3`, ... that is free; with resume the latest that is taken."""
+    names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
+    first = next(index for index, one in enumerate(names) if not (parent / one).exists())
+    return parent / names[max(0, first - 1) if resume else first]
+
+
+def _initial(model: CohortModel, groups: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: model.initial[name] for name in model.names(groups)}
+
+
+def _people(experiment: Experiment) -> str:
+    federation = experiment.federation
+    train, test = (sum(map(len, part)) for part in (federation.train, federation.test))
+    skipped = ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in federation.counts.items())
+    return f"{len(federation.users)} users of {federation.source}: {train} training and {test} test records ({skipped})"
+
+
+def _summary(
+    experiment: Experiment, claim: Claim, result: dict[str, Any], history: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """Headline numbers. `seconds` is the one wall time among the files that are compared between runs."""
+    return {
+        "name": experiment.config.name,
+        "task": experiment.config.task.name,
+        "method": experiment.config.method,
+        "users": len(experiment.examples.users),
+        "rounds": len(history),
+        "claim": claim.label(),
+        **{key: result[key] for key in ("metrics", "helped", "tied", "harmed", "p_value", "comparisons", "reading")},
+        "noise_to_update": _noise_to_update(history),
+        "skipped": experiment.federation.counts,
+        "nonfinite": sum(row["records_nonfinite"] + row["updates_nonfinite"] for row in history),
+        "bytes_up": sum(row["bytes_up"] for row in history),
+        "bytes_down": sum(row["bytes_down"] for row in history),
+        "seconds": seconds,
+    }
+
+
+def _noise_to_update(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Median over rounds of the noise's norm over the noise-free mean update's, per shared group; user level only."""
+    ratios = {
+        group: [row[f"noise_{group}"] / row[f"signal_{group}"] for row in history if row[f"signal_{group}"]]
+        for group in GROUPS
+    }
+    return {group: float(np.median(found)) for group, found in ratios.items() if found}
