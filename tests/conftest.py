@@ -1,0 +1,77 @@
+"""Shared fixtures: a random tiny encoder (named as such), small configurations, one cache for the session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpers.config import Config, parse_config
+from fedpers.data.synthetic import TOPICS
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(2)
+
+SECRET = "5ec2e7" + "00" * 29  # a test secret: whoever reads it can subtract the noise, so it protects nobody
+
+
+def save_random_tiny_bert(folder: Path, layers: int = 3, width: int = 32, seed: int = 7) -> Path:
+    """Write a random (untrained) BERT of a few thousand parameters with a word-level vocabulary."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for topic in TOPICS.values() for w in topic})]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    tokenizer = transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=2 * width, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of a random tiny BERT (3 layers, width 32)."""
+    return save_random_tiny_bert(tmp_path_factory.mktemp("random-tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache directory for frozen features of tiny models; assets are not fetched into it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(random_tiny_bert: Path, feature_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+    """Return a function that makes a configuration of a few seconds on made-up people; sections can be overridden."""
+    monkeypatch.setenv("FEDPERS_CACHE", str(feature_cache))
+
+    def make(**changes: Any) -> Config:
+        tree: dict[str, Any] = {
+            "name": "tiny",
+            "rounds": 2,
+            "data": {
+                "name": "synthetic", "users": 8, "min_train": 4, "min_test": 3, "max_train": 12, "max_test": 12,
+                "max_tokens": 16,
+            },
+            "task": {"candidates": 4},
+            "model": {"backbone": str(random_tiny_bert), "adapter": {"layers": 1, "rank": 2, "alpha": 4}},
+            "local": {"batch_size": 4},
+            "personal": {"epochs": 2, "batch_size": 4},
+            "engine": {"token_budget": 512, "cohort_size": 4},
+            "privacy": {"secret": SECRET},
+        }  # fmt: skip
+        for key, value in changes.items():
+            tree[key] = {**tree[key], **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+        return parse_config(tree)
+
+    return make
