@@ -15,7 +15,7 @@ from fedpers.data.synthetic import TOPICS
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 SECRET = "5ec2e7" + "00" * 29  # a test secret: whoever reads it can subtract the noise, so it protects nobody
 
@@ -67,7 +67,7 @@ def tiny(random_tiny_bert: Path, feature_cache: Path, monkeypatch: pytest.Monkey
             "model": {"backbone": str(random_tiny_bert), "adapter": {"layers": 1, "rank": 2, "alpha": 4}},
             "local": {"batch_size": 4},
             "personal": {"epochs": 2, "batch_size": 4},
-            "engine": {"token_budget": 512, "cohort_size": 4},
+            "engine": {"token_budget": 512, "cohort_size": 4, "threads": 1},
             "privacy": {"secret": SECRET},
         }  # fmt: skip
         for key, value in changes.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpers.errors import FedpersError
+from fedpers.models.assets_cli import app as assets_app
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,6 +26,7 @@ app = typer.Typer(
 )
 privacy_app = typer.Typer(help="Look at privacy before training.", no_args_is_help=True)
 app.add_typer(privacy_app, name="privacy")
+app.add_typer(assets_app, name="assets")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False)]
 Overrides = Annotated[
@@ -42,14 +45,16 @@ def run(
     """Run a simulation and print who gains, the claim, and where the figures are."""
     from fedpers.config import load_config
     from fedpers.reporting import reporter
-    from fedpers.simulation import simulate
 
-    console = Console(stderr=True)
-    progress = reporter(console, quiet)
+    settings = load_config(config, overrides or [])  # before torch is imported: a typo is answered at once
     try:
-        found = simulate(load_config(config, overrides or []), out, resume=resume, reporter=progress)
-    finally:
-        progress.close()
+        from fedpers.simulation import simulate
+
+        with closing(reporter(Console(stderr=True), quiet)) as progress:
+            found = simulate(settings, out, resume=resume, reporter=progress)
+    except KeyboardInterrupt:
+        typer.echo("fedpers: stopped; continue with the same command and --resume.", err=True)
+        raise typer.Exit(130) from None
     _print_run(found)
 
 
@@ -70,12 +75,17 @@ def methods() -> None:
 def privacy_plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print noise multiplier and noise against signal, before any training."""
     from fedpers.config import load_config
+
+    settings = load_config(config, overrides or [])
     from fedpers.experiment import prepare, shared_sizes
     from fedpers.privacy.guarantee import plan_table
 
-    experiment = prepare(load_config(config, overrides or []))
+    experiment = prepare(settings)
     guarantee = experiment.guarantee
     out = Console()
+    if not guarantee.noise_multiplier:
+        out.print(_why_no_noise(experiment), highlight=False)
+        return
     out.print(
         f"unit {guarantee.unit}, trust {guarantee.trust}, adjacency {guarantee.adjacency}\n"
         f"target epsilon {experiment.config.privacy.epsilon:g}, delta {guarantee.delta:g}; noise multiplier "
@@ -139,6 +149,15 @@ def _print_run(found: Any) -> None:
     out.print(f"run directory: {found.path}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _why_no_noise(experiment: Any) -> str:
+    privacy, guarantee = experiment.config.privacy, experiment.guarantee
+    if not experiment.plan.shared or not experiment.config.rounds:
+        return f"No noise: method {experiment.plan.name!r} releases nothing here, so epsilon is 0."
+    cause = "privacy.unit is none" if guarantee.unit == "none" else f"privacy.epsilon is {privacy.epsilon:g}"
+    clip = "" if guarantee.clip is None else f" Contributions are clipped to {guarantee.clip:g}; that alone is none."
+    return f"No noise: {cause}, so nothing bounds what the releases tell; no privacy guarantee.{clip}"
+
+
 def _noise_line(summary: dict[str, Any]) -> str:
     ratios = summary["noise_to_update"]
     if not any(ratio > 0 for ratio in ratios.values()) or any(math.isnan(r) for r in ratios.values()):
@@ -149,14 +168,8 @@ def _noise_line(summary: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line: exit code 2 and one line for what a user can mend, 130 for Ctrl-C."""
-    from fedpers.models.assets_cli import app as assets_app
-
-    app.add_typer(assets_app, name="assets")
     try:
         app(standalone_mode=True)
     except FedpersError as error:
         print(f"fedpers: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fedpers: stopped; continue with the same command and --resume.", file=sys.stderr)
-        sys.exit(130)

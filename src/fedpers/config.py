@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from fedpers.errors import ConfigError
+from fedpers.privacy.randomness import secret_key
 
 GROUPS = ("adapter", "head")
 
@@ -137,6 +138,8 @@ class PrivacyConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> PrivacyConfig:
+        if self.secret is not None:
+            secret_key(self.secret)  # its error does not quote what was given
         if self.unit == "none" and not math.isinf(self.epsilon):
             raise ValueError(
                 f"epsilon={self.epsilon} is asked for but unit is none; set privacy.unit to record or user"
@@ -164,8 +167,9 @@ class EvaluationConfig(Section):
 class FrontierConfig(Section):
     """A small privacy-utility picture: each method at each epsilon, with the rest of the configuration as it is."""
 
-    methods: tuple[str, ...]
-    epsilons: tuple[Epsilon, ...]
+    share: Groups | None = None  # what the picture's runs share, if not what the main run shares
+    methods: tuple[str, ...] = Field(min_length=1)
+    epsilons: tuple[Epsilon, ...] = Field(min_length=1)
 
 
 class Config(Section):

@@ -12,6 +12,7 @@ from fedpers.config import Config
 from fedpers.data import Federation, load
 from fedpers.errors import DataError
 from fedpers.evaluation.models import swap_partners
+from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import Method, Plan, plan
 from fedpers.models import adapters
 from fedpers.models.backbone import Backbone
@@ -55,7 +56,7 @@ class Reuse:
     """What several runs in one process may share, by the part of the configuration that it depends on."""
 
     federations: dict[str, tuple[Federation, Examples, Task]] = field(default_factory=dict)
-    models: dict[str, CohortModel] = field(default_factory=dict)
+    models: dict[tuple[str, bool], CohortModel] = field(default_factory=dict)
 
 
 def method_plan(name: str, config: Config) -> Plan:
@@ -72,6 +73,7 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
     reuse = reuse or Reuse()
     own_plan, local_plan = method_plan(config.method, config), method_plan("local", config)
     check_setup(config, own_plan)  # refusals that need no data come first
+    stock_strategy(config)
     key = _json(config, "data", "task", "seed")
     if key not in reuse.federations:
         federation = load(config, seed_key(config.seed))
@@ -93,11 +95,21 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
     config = experiment.config
     torch.set_num_threads(config.engine.threads)
     torch.use_deterministic_algorithms(True, warn_only=False)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time, changes nothing
     reuse = reuse or Reuse()
-    key = _json(config, "data", "task", "seed", "model", "engine") + str(experiment.adapts)
+    parts = _json(config, "data", "task", "seed", "model", "engine")
+    key = parts, experiment.adapts
     if key not in reuse.models:
+        # At their initial values adapters change nothing, so a model without them takes all from one with them.
+        donor = reuse.models.get((parts, True))
         reuse.models[key] = CohortModel(
-            config, experiment.task, experiment.examples, seed_key(config.seed), experiment.adapts, reporter.stage
+            config,
+            experiment.task,
+            experiment.examples,
+            seed_key(config.seed),
+            experiment.adapts,
+            reporter.stage,
+            donor,
         )
     return reuse.models[key]
 

@@ -25,6 +25,7 @@ def cells(config: Config) -> dict[str, Config]:
     """
     assert config.frontier is not None
     found = {}
+    share = config.frontier.share or config.share
     for method in config.frontier.methods:
         for epsilon in config.frontier.epsilons:
             name = f"{method}-eps-{'inf' if math.isinf(epsilon) else format(epsilon, 'g')}"
@@ -38,12 +39,18 @@ def cells(config: Config) -> dict[str, Config]:
             if config.privacy.secret is not None:
                 private["secret"] = derive(secret_key(config.privacy.secret), "cell", name).hex()
             privacy = config.privacy.model_copy(update=private)
-            found[name] = config.model_copy(update={"method": method, "privacy": privacy, "frontier": None})
+            found[name] = config.model_copy(
+                update={"method": method, "share": share, "privacy": privacy, "frontier": None}
+            )
     return found
 
 
 def check(config: Config, prepare: Callable[[Config], Experiment]) -> dict[str, str]:
     """Return the refused cells and why. Raises ConfigError for what cannot be in the picture at all."""
+    if not config.evaluation.local_only:
+        raise ConfigError("frontier: needs evaluation.local_only=true, the line that costs no privacy.")
+    if not config.rounds:
+        raise ConfigError("frontier: needs rounds of at least 1; without a release there is no epsilon to draw.")
     refused = {}
     for name, cell in cells(config).items():
         try:
@@ -72,11 +79,8 @@ def draw(
     for name, cell in cells(config).items():
         if name in refused:
             continue
-        same = cell.method == config.method and cell.privacy.epsilon == config.privacy.epsilon
-        claim, result = main if same else run(cell, path / "frontier" / name)
+        claim, result = main if _setup(cell) == _setup(config) else run(cell, path / "frontier" / name)
         metrics = result["metrics"]
-        if "local" not in metrics:
-            raise ConfigError("frontier: needs evaluation.local_only, the line that costs no privacy.")
         drawn.append(
             FrontierCell(
                 method=cell.method,
@@ -93,6 +97,12 @@ def draw(
     frontier(drawn, path / "figures", f"{config.name}: utility against privacy")
     (path / "frontier").mkdir(exist_ok=True)
     (path / "frontier" / "refused.json").write_text(json.dumps(refused, indent=2) + "\n", encoding="utf-8")
+
+
+def _setup(config: Config) -> Config:
+    """All that two runs with the same results have in common: not the secret, and not whether they draw a picture."""
+    privacy = config.privacy.model_copy(update={"secret": None})
+    return config.model_copy(update={"privacy": privacy, "frontier": None})
 
 
 def _range(metric: dict[str, Any]) -> tuple[float, float, float]:

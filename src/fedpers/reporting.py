@@ -37,13 +37,13 @@ class PlainReporter(Reporter):
         """Print when a stage starts and when it ends."""
         if what not in self._started:
             self._started[what] = time.monotonic()
-            self.console.print(f"{what}: {total} ...", highlight=False)
+            self.message(f"{what}: {total} ...")
         if done >= total:
-            self.console.print(f"{what}: done in {time.monotonic() - self._started.pop(what):.1f} s", highlight=False)
+            self.message(f"{what}: done in {time.monotonic() - self._started.pop(what):.1f} s")
 
     def message(self, text: str) -> None:
-        """Print the line."""
-        self.console.print(text, highlight=False, markup=False)
+        """Print the line, however wide."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def round(self, row: dict[str, Any], total: int) -> None:
         """Print the round's line."""
@@ -61,11 +61,11 @@ class BarReporter(Reporter):
         self._tasks: dict[str, TaskID] = {}
         self.progress.start()
 
-    def stage(self, what: str, done: int, total: int) -> None:
-        """Move the stage's bar."""
+    def stage(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Move the stage's bar, with a note beside it."""
         if what not in self._tasks:
             self._tasks[what] = self.progress.add_task(what, total=total, note="")
-        self.progress.update(self._tasks[what], completed=done, total=total)
+        self.progress.update(self._tasks[what], completed=done, total=total, note=note)
         if done >= total:
             del self._tasks[what]
 
@@ -75,9 +75,7 @@ class BarReporter(Reporter):
 
     def round(self, row: dict[str, Any], total: int) -> None:
         """Move the bar of rounds."""
-        self.stage("rounds", row["round"], total)
-        if task := self._tasks.get("rounds"):
-            self.progress.update(task, note=describe_round(row))
+        self.stage("rounds", row["round"], total, describe_round(row))
 
     def close(self) -> None:
         """Stop drawing."""

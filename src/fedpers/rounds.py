@@ -18,7 +18,7 @@ from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
 from fedpers.privacy.claim import spent
-from fedpers.privacy.ledger import Ledger, Opening
+from fedpers.privacy.ledger import Ledger, Opening, Secret
 from fedpers.reporting import Reporter
 from fedpers.run_directory import Checkpoint, RunDirectory
 
@@ -36,10 +36,10 @@ def federate(
     if done is not None:
         shared = done.shared
         ledger = Ledger.rewind(directory.ledger, done.ledger_lines)
-    elif directory.ledger.exists():
+    elif directory.has_ledger():
         ledger = Ledger.rewind(directory.ledger, 1)
     else:
-        ledger = Ledger.create(directory.ledger, _opening(experiment, clients))
+        ledger = Ledger.create(directory.ledger, _opening(experiment, clients, directory.secret_origin()))
     rounds = config.rounds if clients.shared_names else 0
     users = experiment.examples.users
     strategy = FedpersStrategy(
@@ -63,7 +63,10 @@ def federate(
         history.append(row)
         users_changed, rows = clients.store.drain()
         directory.commit(
-            Checkpoint(row["round"], len(ledger), shared, strategy.state(), history), users_changed, rows, clients.store
+            Checkpoint(row["round"], len(ledger), ledger.head, shared, strategy.state(), history),
+            users_changed,
+            rows,
+            clients.store,
         )
         directory.note_time(f"round {row['round']}", seconds)
         reporter.round({**row, "clients_per_second": row["clients"] / max(seconds, 1e-9)}, rounds)
@@ -79,7 +82,9 @@ def federate(
     return shared, ledger, history
 
 
-def _opening(experiment: Experiment, clients: Clients) -> Opening:
+def _opening(
+    experiment: Experiment, clients: Clients, secret: Secret = "given in the configuration"
+) -> Opening:  # by default the more cautious of the two
     config, guarantee = experiment.config, experiment.guarantee
     return Opening(
         unit=guarantee.unit,
@@ -93,7 +98,7 @@ def _opening(experiment: Experiment, clients: Clients) -> Opening:
         shared_names=list(clients.shared_names),
         client_sampling="all" if config.client_rate == 1 else "poisson",
         record_sampling="poisson" if guarantee.unit == "record" and guarantee.rate < 1 else "all",
-        secret="kept by the simulator" if config.privacy.secret is None else "given in the configuration",
+        secret=secret,
     )
 
 

@@ -22,12 +22,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from fedpers.cohort.personal_store import Changes, PersonalStore
 from fedpers.config import Config, dump_config
-from fedpers.errors import RunDirectoryError
+from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
+from fedpers.privacy.ledger import Ledger, Secret
 from fedpers.privacy.randomness import secret_key
 
 PUBLIC = ("config.yaml", "environment.json", "claim.json", "ledger.jsonl", "adapters")
@@ -41,6 +42,7 @@ class Checkpoint:
 
     round: int
     ledger_lines: int
+    ledger_head: str  # hash of the last of these lines
     shared: dict[str, NDArray[np.float32]]
     strategy: dict[str, NDArray[Any]]
     history: list[dict[str, Any]]  # a row per round, for rounds.parquet
@@ -64,15 +66,12 @@ class RunDirectory:
             RunDirectoryError: the directory holds something already, or cannot be written.
         """
         run = cls(path)
-        if run.started or (path.exists() and any(item.name not in _FIRST for item in path.iterdir())):
-            raise RunDirectoryError(
-                f"{path} holds another run; continue it with --resume, or choose a new directory with --out."
-            )
+        run.check_free()
         try:
             run.private.mkdir(parents=True, exist_ok=True)
             run.private.chmod(0o700)
             run._write("environment.json", json.dumps(environment(config), indent=2, sort_keys=True) + "\n")
-            run._write_secret(secret_key(config.privacy.secret))
+            run._write_secret(secret_key(config.privacy.secret), given=config.privacy.secret is not None)
             run._write("config.yaml", dump_config(config))  # last: from here on the run can be resumed
         except OSError as error:
             raise RunDirectoryError(f"{path}: cannot be written ({error.strerror}).") from error
@@ -87,7 +86,10 @@ class RunDirectory:
         """
         run = cls(path)
         stored = path / "config.yaml"
-        old, new = yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(dump_config(config))
+        try:
+            old, new = yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(dump_config(config))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise _damaged(stored) from error
         if changed := sorted(_differences(old, new)):
             raise RunDirectoryError(
                 f"{stored} differs from the configuration given in {', '.join(changed)}; resume with the same one."
@@ -106,9 +108,31 @@ class RunDirectory:
         """Whether the run came to its end; summary.json is written last."""
         return (self.path / "summary.json").exists()
 
+    def check_free(self) -> None:
+        """Raise RunDirectoryError unless a new run may be written here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is a file; choose a new directory with --out.")
+        if self.started or (self.path.exists() and any(item.name not in _FIRST for item in self.path.iterdir())):
+            raise RunDirectoryError(
+                f"{self.path} holds another run; continue it with --resume, or choose a new directory with --out."
+            )
+
+    def has_ledger(self) -> bool:
+        """Whether the ledger has its opening line; what a run killed while writing that line left is dropped."""
+        if self.ledger.exists() and b"\n" not in self.ledger.read_bytes():
+            self.ledger.unlink()
+        return self.ledger.exists()
+
     def secret(self) -> bytes:
         """Read the key of noise and sampling."""
-        return secret_key((self.private / "secret").read_text(encoding="ascii").strip())
+        try:
+            return secret_key((self.private / "secret").read_text(encoding="ascii").strip())
+        except (OSError, ValueError, ConfigError) as error:
+            raise _damaged(self.private / "secret") from error
+
+    def secret_origin(self) -> Secret:
+        """Where the key came from when the run was started; a resumed run may be given none."""
+        return "given in the configuration" if (self.private / "secret-given").exists() else "kept by the simulator"
 
     def commit(self, checkpoint: Checkpoint, users: Sequence[int], rows: Changes, store: PersonalStore) -> None:
         """Make a round final: journal, checkpoint, personal rows, in this order."""
@@ -122,6 +146,7 @@ class RunDirectory:
         about = {
             "round": checkpoint.round,
             "ledger_lines": checkpoint.ledger_lines,
+            "ledger_head": checkpoint.ledger_head,
             "history": checkpoint.history,
         }
         _save(self.private / "checkpoint.safetensors", arrays, {"about": json.dumps(about)})
@@ -132,7 +157,8 @@ class RunDirectory:
         """Return the last checkpoint, with the personal store brought to the same round; None before the first.
 
         Raises:
-            RunDirectoryError: a damaged checkpoint or journal.
+            RunDirectoryError: a damaged checkpoint or journal; nothing is changed then.
+            LedgerError: the ledger is damaged, or not the one that the checkpoint was made with; likewise.
         """
         path, journal = self.private / "checkpoint.safetensors", self.private / "journal.safetensors"
         if not path.exists():
@@ -140,8 +166,14 @@ class RunDirectory:
             return None
         arrays, metadata = _load(path)
         about = json.loads(metadata["about"])
-        if journal.exists():
-            rows, journal_metadata = _load(journal)
+        rows, journal_metadata = _load(journal) if journal.exists() else ({}, {})
+        ledger = Ledger.rewind(self.ledger, about["ledger_lines"])
+        if ledger.head != about["ledger_head"]:
+            raise LedgerError(
+                f"{self.ledger}: line {len(ledger)} is not the one that the checkpoint was made after; restore it from "
+                "a copy, or start the run again in a new directory."
+            )
+        if rows:
             if int(journal_metadata["round"]) == about["round"]:  # else of a round that will be repeated
                 store.apply(
                     rows["users"].tolist(),
@@ -151,6 +183,7 @@ class RunDirectory:
         return Checkpoint(
             round=about["round"],
             ledger_lines=about["ledger_lines"],
+            ledger_head=about["ledger_head"],
             shared={n.removeprefix("shared/"): a for n, a in arrays.items() if n.startswith("shared/")},
             strategy={n.removeprefix("strategy/"): a for n, a in arrays.items() if n.startswith("strategy/")},
             history=about["history"],
@@ -160,6 +193,11 @@ class RunDirectory:
         """Return an empty personal store under private/, dropping what a killed attempt left there."""
         shutil.rmtree(self.private / name, ignore_errors=True)
         return PersonalStore(self.private / name, users, initial)
+
+    def fresh_adapters(self) -> Path:
+        """Return the place for the shared adapter, without what a killed attempt left there."""
+        shutil.rmtree(self.adapters, ignore_errors=True)
+        return self.adapters
 
     def note_time(self, what: str, seconds: float) -> None:
         """Append a wall time; these live apart, so that everything else can be compared byte for byte."""
@@ -180,7 +218,10 @@ class RunDirectory:
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(self.path / name)
 
-    def _write_secret(self, secret: bytes) -> None:
+    def _write_secret(self, secret: bytes, given: bool) -> None:
+        (self.private / "secret-given").unlink(missing_ok=True)
+        if given:
+            (self.private / "secret-given").touch(mode=0o600)
         descriptor = os.open(self.private / "secret", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secret.hex() + "\n")
@@ -226,8 +267,11 @@ def export_public(run: Path, out: Path) -> list[str]:
 def _save(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
     ready = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     scratch = path.with_suffix(".partial")
-    save_file(ready, scratch, metadata={**metadata, "digest": _digest(ready, metadata)})
-    with scratch.open("rb+") as file:
+    # Not by save_file: killed, that leaves a file with a random name behind.
+    content = save(ready, metadata={**metadata, "digest": _digest(ready, metadata)})
+    with scratch.open("wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
 

@@ -24,6 +24,7 @@ from fedpers.evaluation.per_user import summarize, users_table, write_table
 from fedpers.experiment import Experiment, Reuse, build_model, prepare
 from fedpers.figures.curve import learning_curve
 from fedpers.figures.gain import per_user_gain
+from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import PERSONAL
 from fedpers.models.adapters import load as load_adapters
 from fedpers.privacy.claim import Claim, claim_from
@@ -102,12 +103,15 @@ def simulate(
     began = time.monotonic()
     experiment = prepare(config, reuse)
     refused = frontier.check(config, lambda cell: prepare(cell, reuse)) if config.frontier else {}
+    stock_strategy(config)  # refuses options that it does not take
     directory = _open(config, out if out is not None else _free(Path("runs"), config.name, resume), resume)
     if directory.finished:
         reporter.message(f"{directory.path}: this run is finished already")
         return load(directory.path, config)
     reporter.message(_people(experiment))
     model = build_model(experiment, reporter, reuse)
+    if not directory.started:  # the first write: what a user can mend has been found by now
+        directory = RunDirectory.create(directory.path, config)
     users = range(len(experiment.examples.users))
     store = PersonalStore(directory.private / "rounds", len(users), _initial(model, experiment.plan.groups(PERSONAL)))
     clients = Clients(config, experiment.plan, experiment.guarantee, model, store, directory.secret())
@@ -122,7 +126,7 @@ def simulate(
     write_table(table, directory.path / "users.parquet")
     write_table(rounds, directory.path / "rounds.parquet")
     if shared:
-        model.save_shared(directory.adapters, shared)
+        model.save_shared(directory.fresh_adapters(), shared)
     directory.write_text("claim.json", claim.to_json())
     result = summarize(table, metric=experiment.task.metric, seed=config.seed)
     references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
@@ -183,10 +187,12 @@ def _train_at_home(
 
 
 def _open(config: Config, path: Path, resume: bool) -> RunDirectory:
+    """Find the run to continue, or a place for a new one; writes nothing."""
     directory = RunDirectory(path)
     if resume and directory.started:
         return RunDirectory.reopen(path, config)
-    return RunDirectory.create(path, config)
+    directory.check_free()
+    return directory
 
 
 def _free(parent: Path, name: str, resume: bool) -> Path:

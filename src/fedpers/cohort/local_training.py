@@ -84,7 +84,10 @@ def train_phase(
                 if private is None:
                     (losses * scale[torch.from_numpy(part)]).sum().backward()  # type: ignore[no-untyped-call]
                 else:
-                    losses.sum().backward()  # type: ignore[no-untyped-call]
+                    with warnings.catch_warnings():
+                        # The head reads features that need no gradient: its hooks see outputs alone, as Opacus needs.
+                        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                        losses.sum().backward()  # type: ignore[no-untyped-call]
                     private.accumulate()
                 stats.loss_sum += float(losses.detach().nansum())
                 stats.records += len(part)
@@ -140,8 +143,6 @@ def _opacus(
         return
     hooks = GradSampleHooks(model, loss_reduction="sum")
     try:
-        # The head reads features that need no gradient, so its hooks see outputs alone: all that Opacus needs.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         yield CohortDPOptimizer(
             optimizer,
             owners=model.owners,

@@ -32,16 +32,27 @@ class CohortModel(nn.Module):
     """
 
     def __init__(
-        self, config: Config, task: Task, examples: Examples, key: bytes, adapt: bool, progress: Progress
+        self,
+        config: Config,
+        task: Task,
+        examples: Examples,
+        key: bytes,
+        adapt: bool,
+        progress: Progress,
+        donor: CohortModel | None = None,
     ) -> None:
         super().__init__()
-        backbone = Backbone(config.model.backbone)
+        backbone: Backbone = Backbone(config.model.backbone) if donor is None else donor.backbone
         budget = config.engine.token_budget
-        self.task, self.examples, self.budget, self.backbone = task, examples, budget, backbone
+        self.task, self.examples, self.budget = task, examples, budget
+        self.backbone: Backbone = backbone
         # Frozen features come first: they are computed on the plain backbone.
-        texts = backbone.tokenize(examples.texts, config.data.max_tokens)
         inputs = backbone.tokenize(examples.inputs, config.data.max_tokens)
-        self.candidates = Embedded(backbone, texts, budget, progress, "candidates").vectors
+        if donor is None:
+            texts = backbone.tokenize(examples.texts, config.data.max_tokens)
+            self.candidates = Embedded(backbone, texts, budget, progress, "candidates").vectors
+        else:
+            self.candidates = donor.candidates
         self.lengths: Index = inputs.lengths.numpy()
         self.owners = Owners()
         self.lora: Any | None = None
@@ -57,8 +68,12 @@ class CohortModel(nn.Module):
             self.lora = placed.peft_config["default"]
             self.encoder = backbone.model
             layers = {adapters.array_name(name): layer for name, layer in to_cohort(placed, self.owners).items()}
-        else:
+        elif donor is None:
             self.frozen_contexts = Embedded(backbone, inputs, budget, progress, "contexts").vectors
+        else:
+            donor.load(donor.broadcast(1))
+            rows = np.arange(len(self.lengths))
+            self.frozen_contexts = donor.all_contexts(rows, np.zeros_like(rows))
         self.head = task.head(backbone.width)
         for name, layer in to_cohort(self.head, self.owners).items():
             layers[f"{adapters.HEAD}{name}.weight"] = layer

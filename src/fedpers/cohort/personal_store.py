@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpers.errors import RunDirectoryError
+
 Changes = dict[str, NDArray[np.float32]]  # by array name, (users, out, in)
 
 
@@ -70,8 +72,16 @@ class PersonalStore:
 
 def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.generic]]:
     if path.exists():
-        return np.lib.format.open_memmap(path, mode="r+")
-    scratch = path.with_suffix(".partial")
-    np.lib.format.open_memmap(scratch, mode="w+", dtype=dtype, shape=shape).flush()
-    scratch.rename(path)
+        try:
+            whole = np.load(path, mmap_mode="r").shape == shape  # opened for writing, a cut file would grow zeros
+        except (ValueError, EOFError):
+            whole = False
+        if not whole:
+            raise RunDirectoryError(
+                f"{path} is damaged; restore it from a copy, or start the run again in a new directory."
+            )
+    else:
+        scratch = path.with_suffix(".partial")
+        np.lib.format.open_memmap(scratch, mode="w+", dtype=dtype, shape=shape).flush()
+        scratch.rename(path)
     return np.lib.format.open_memmap(path, mode="r+")

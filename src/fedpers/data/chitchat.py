@@ -150,5 +150,6 @@ def _facts(
         "quoted person's",
         f"the public pool was written by people outside, yet {with_member} of their {len(pooled)} conversations had a "
         "member as partner, to whom they may have replied",
-        "who takes part, the split into training and test, and the caps on records were fixed on the raw data",
+        "who takes part, the split into training and test, the caps on records (leaving one out of a capped client's "
+        "makes room for another) and the counts in this list come from the raw data",
     )

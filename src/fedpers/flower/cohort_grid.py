@@ -51,9 +51,14 @@ class CohortGrid(Grid):  # type: ignore[misc]
             Exception: what a client raised. In a simulation a failing client is a bug to see, not a drop-out to hide.
         """
         del timeout
-        listed = sorted(messages, key=lambda message: message.metadata.dst_node_id)
-        users = [message.metadata.dst_node_id - FIRST_NODE for message in listed]
-        replies = answer(self.clients, users, listed, self._report)
+        # Messages with the same content go through one pass; a strategy may also tell different nodes different things.
+        alike: dict[tuple[str, int], list[Message]] = {}
+        for message in sorted(messages, key=lambda message: message.metadata.dst_node_id):
+            alike.setdefault((message.metadata.message_type, id(message.content)), []).append(message)
+        replies: list[Message] = []
+        for listed in alike.values():
+            users = [message.metadata.dst_node_id - FIRST_NODE for message in listed]
+            replies += answer(self.clients, users, listed, self._report)
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure

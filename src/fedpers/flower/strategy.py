@@ -101,7 +101,9 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Make the next broadcast from the replies, under the guarantee; write the ledger line first."""
         number = self.done + server_round
-        listed = sorted(replies, key=lambda message: message.metadata.src_node_id)
+        # One reply of each node that was asked: a second one would count beyond the clip. A failure is no update.
+        answered = {message.metadata.src_node_id: message for message in replies if message.has_content()}
+        listed = [answered[node] for node in self._sampled if node in answered]
         nodes = [message.metadata.src_node_id for message in listed]
         received = [wire.from_record(wire.arrays_of(message)) for message in listed]
         size = wire.nbytes(self._broadcast)
@@ -219,14 +221,15 @@ def stock_strategy(config: Config) -> Any:
     """Return Flower's own strategy, as configured, asking all nodes that it is shown.
 
     Raises:
-        ConfigError: options that the strategy does not take.
+        ConfigError: options, or values of them, that the strategy does not take.
     """
     try:
         return getattr(stock, config.server.strategy)(
             fraction_train=1.0, fraction_evaluate=1.0, min_train_nodes=0, min_evaluate_nodes=0, min_available_nodes=0,
+            weighted_by_key=wire.WEIGHT, arrayrecord_key=wire.ARRAYS, configrecord_key=wire.CONFIG,
             **config.server.options,
         )  # fmt: skip
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"server.options = {config.server.options}: {config.server.strategy}: {error}.") from error
 
 
