@@ -1,0 +1,379 @@
+"""The command line: what it prints, what it refuses and how, and that a refusal writes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from conftest import SECRET
+from fedpers import cli
+from fedpers.config import Config, dump_config, load_config
+from fedpers.data.base import Federation
+from fedpers.data.synthetic import Synthetic
+from fedpers.reporting import BarReporter, PlainReporter, Reporter, reporter
+
+Command = Callable[..., tuple[int, str, str]]
+USER = ("privacy.unit=user", "privacy.epsilon=8", "privacy.clip=1", "privacy.delta=1e-3")
+RECORD = ("privacy.unit=record", *USER[1:])
+SHORT = ("engine.threads=1", "rounds=1", "evaluation.local_only=false")
+PROGRAM = Path(sys.executable).with_name("fedpers")
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a good configuration, tiny.yaml."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "tiny.yaml").write_text(dump_config(tiny()).replace("privacy:\n", f"privacy:\n  secret: {SECRET}\n"))
+    assert load_config(folder / "tiny.yaml") == tiny()
+    return folder
+
+
+@pytest.fixture
+def fedpers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run the program's entry point in this process; returns exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedpers", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    return {str(f.relative_to(path)): f.read_bytes() if f.is_file() else None for f in sorted(path.rglob("*"))}
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def refused(fedpers: Command, work: Path, *arguments: object, says: tuple[str, ...]) -> None:
+    """Exit code 2, one line on standard error that says these things, nothing on standard output, nothing written."""
+    before = tree(work.parent)
+    code, out, err = fedpers(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("fedpers: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    for text in says:
+        assert text in err
+    assert tree(work.parent) == before
+
+
+BAD_VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "unknown key": (("privacy.epsilom=2",), ("tiny.yaml", "unknown key 'privacy.epsilom'", "did you mean 'epsilon'")),
+    "unknown section": (("privcy.epsilon=2",), ("unknown key 'privcy'", "did you mean 'privacy'")),
+    "unknown key without a near one": (("engine.xyzzy=2",), ("'engine.xyzzy'", "allowed: cohort_size, token_budget")),
+    "wrong type": (("rounds=many",), ("rounds = 'many'", "integer")),
+    "fraction of a round": (("rounds=1.5",), ("rounds = 1.5", "integer")),
+    "a value where keys belong": (("privacy=strong",), ("privacy = 'strong'",)),
+    "keys where a value belongs": (("rounds.many=2",), ("'rounds.many=2'", "'rounds' holds a value")),
+    "epsilon 0": (("privacy.unit=user", "privacy.clip=1", "privacy.epsilon=0"), ("privacy.epsilon = 0", "greater")),
+    "epsilon negative": (("privacy.epsilon=-1",), ("privacy.epsilon = -1", "greater than 0")),
+    "epsilon not a number": (("privacy.epsilon=.nan",), ("privacy.epsilon = nan",)),
+    "delta 1": (("privacy.delta=1",), ("privacy.delta = 1", "less than 1")),
+    "epsilon without a unit": (("privacy.epsilon=2",), ("unit is none", "set privacy.unit")),
+    "a unit without a clip": (("privacy.unit=user", "privacy.epsilon=2"), ("needs clip",)),
+    "unknown unit": (("privacy.unit=usr",), ("privacy.unit = 'usr'", "'none', 'record' or 'user'")),
+    "unknown group": (("share=adapter+hed",), ("share", "'hed'", "'adapter' or 'head'")),
+    "no candidates": (("task.candidates=1",), ("task.candidates = 1", "greater than or equal to 2")),
+    "caps that exclude everyone": (("data.min_train=20",), ("min_train=20", "max_train=12")),
+    "a name that leaves the directory": (("name=../x",), ("name = '../x'", "pattern")),
+    "override without =": (("rounds",), ("override 'rounds'", "key=value", "privacy.epsilon=2")),
+    "override without a key": (("=2",), ("override '=2'", "key=value")),
+    "override that is not YAML": (("rounds=[",), ("override 'rounds=['", "not valid YAML")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_a_bad_value_is_named(case: str, fedpers: Command, work: Path) -> None:
+    overrides, says = BAD_VALUES[case]
+    refused(fedpers, work, "run", "tiny.yaml", *overrides, "--quiet", says=says)
+
+
+BAD_SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "delta against the number of users": (
+        (*USER[:3], "privacy.delta=0.125"), ("delta 0.125", "8 protected units", "choose delta well below 0.125"),
+    ),
+    "delta against the records of a user": (
+        (*RECORD[:3], "privacy.delta=0.1", "method=fedbabu"), ("delta 0.1", "12 protected units"),
+    ),
+    "fedrep with record-level noise": (
+        (*RECORD, "method=fedrep"),
+        ("'fedrep'", "privacy.unit=record", "(1)", "method=fedbabu", "(2)", "method=fedavg-finetune", "(3)",
+         "privacy.unit=user"),
+    ),
+    "fedper with record-level noise": ((*RECORD, "method=fedper"), ("'fedper'", "Three sound ways out")),
+    "unknown method": (("method=fedrap",), ("'fedrap'", "did you mean 'fedrep'", "known: fedavg, ")),
+    "unknown data": (("data.name=syntetic",), ("'syntetic'", "did you mean 'synthetic'", "known: chitchat")),
+    "unknown task": (("task.name=reply-rank",), ("'reply-rank'", "did you mean 'reply-ranking'")),
+    "unknown asset": (("model.backbone=all-MiniLM-L6-v3",), ("'all-MiniLM-L6-v3'", "Did you mean all-MiniLM-L6-v2")),
+    "a backbone that is not there": (("model.backbone=./nowhere",), ("model.backbone './nowhere'", "assets list")),
+    "unknown strategy": (("server.strategy=FedAdm",), ("server.strategy = 'FedAdm'", "FedAdam")),
+    "a strategy that looks at single updates": ((*USER, "server.strategy=Krum"), ("'Krum'", "FedAvg", "unit=record")),
+    "more layers than there are": (("model.adapter.layers=9",), ("model.adapter.layers = 9", "has 3 layers")),
+    "unknown adapter target": (("model.adapter.targets=[qery]",), ("model.adapter.targets = ['qery']", "query, value")),
+    "too small a pool": (("task.candidates=40",), ("120 texts", "40 candidates", "lower task.candidates")),
+    "nobody to swap with": (("method=fedper", "data.users=1"), ("raise data.users",)),
+    "a secret that is none": (("privacy.secret=abc",), ("privacy.secret", "64 hexadecimal digits")),
+    "nothing left to share": (("method=fedrep", "share=head"), ("share=head", "set share=adapter")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_SETUPS)
+def test_a_setup_that_cannot_be_run_is_refused_before_anything_is_written(
+    case: str, fedpers: Command, work: Path
+) -> None:
+    overrides, says = BAD_SETUPS[case]
+    refused(fedpers, work, "run", "tiny.yaml", *overrides, "--quiet", "--out", "out", says=says)
+
+
+def test_server_options_that_the_strategy_does_not_take(fedpers: Command, work: Path) -> None:
+    refused(fedpers, work, "run", "tiny.yaml", "server.options={beta: 1}", "--quiet", says=("server.options", "beta"))
+
+
+def test_bad_configuration_files(fedpers: Command, work: Path) -> None:
+    refused(fedpers, work, "run", "nowhere.yaml", says=("nowhere.yaml", "cannot be read", "name a YAML file"))
+    refused(fedpers, work, "run", ".", says=("cannot be read",))
+    (work / "broken.yaml").write_text("privacy: {unit: user\nrounds: 3\n")
+    refused(fedpers, work, "run", "broken.yaml", says=("broken.yaml", "not valid YAML", "line 2"))
+    (work / "list.yaml").write_text("- method: fedavg\n")
+    refused(fedpers, work, "run", "list.yaml", says=("list.yaml", "expected a mapping", "list"))
+    (work / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    refused(fedpers, work, "run", "bytes.yaml", says=("bytes.yaml", "not valid YAML"))
+    (work / "typo.yaml").write_text("metod: fedavg\n")
+    refused(fedpers, work, "run", "typo.yaml", says=("typo.yaml", "'metod'", "did you mean 'method'"))
+
+
+def test_an_error_never_shows_the_secret(fedpers: Command, work: Path) -> None:
+    code, _, err = fedpers("run", "tiny.yaml", "privacy.secret=[5ec2e7]", "privacy.epsilon=-1")
+    assert code == 2
+    assert "5ec2e7" not in err
+
+
+def test_nobody_with_enough_records(fedpers: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Synthetic.load
+
+    def nobody(self: Synthetic, *arguments: Any) -> Federation:
+        return replace(whole(self, *arguments), users=(), train=(), test=(), partners=())
+
+    monkeypatch.setattr(Synthetic, "load", nobody)
+    refused(
+        fedpers, work, "run", "tiny.yaml", "--quiet", says=("no user has enough records", "lower data.min_train")
+    )  # fmt: skip
+
+
+def test_a_directory_with_something_in_it_is_left_alone(fedpers: Command, work: Path) -> None:
+    (work / "mine").mkdir()
+    (work / "mine" / "thesis.tex").write_text("years of work")
+    says = ("mine", "another run", "--out")
+    refused(fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "mine", says=says)
+    refused(fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "mine", "--resume", says=says)
+    refused(fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "tiny.yaml", says=("tiny.yaml is a file", "--out"))
+
+
+def test_other_commands_refuse_in_the_same_way(fedpers: Command, work: Path) -> None:
+    refused(fedpers, work, "assets", "show", "chitchit", says=("'chitchit'", "chitchat"))
+    refused(fedpers, work, "assets", "fetch", "chitchit", says=("'chitchit'", "chitchat"))
+    refused(fedpers, work, "privacy", "plan", "nowhere.yaml", says=("nowhere.yaml",))
+    refused(
+        fedpers, work, "privacy", "plan", "tiny.yaml", *RECORD, "method=fedrep", says=("Three sound ways out",)
+    )  # fmt: skip
+    refused(fedpers, work, "export", "--public", "nowhere", "out", says=("nowhere", "no finished run"))
+    refused(fedpers, work, "export", "nowhere", "out", says=("--public",))
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def test_help_and_methods(fedpers: Command) -> None:
+    code, out, _ = fedpers("--help")
+    assert code == 0
+    for command in ("run", "methods", "export", "privacy", "assets"):
+        assert re.search(rf"^\W*{command}\b", out, re.MULTILINE)
+    code, out, _ = fedpers("methods")
+    assert code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if line.startswith("│")]
+    assert {name: (adapter, head) for name, adapter, head in rows if name} == {
+        "fedavg": ("shared", "shared"),
+        "fedavg-finetune": ("shared", "shared"),
+        "fedbabu": ("shared", "personal"),
+        "fedper": ("shared", "personal"),
+        "fedrep": ("shared", "personal"),
+        "local": ("personal", "personal"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unit"), [((*USER, "method=fedper"), "user"), ((*RECORD, "method=fedbabu"), "record")]
+)
+def test_a_privacy_plan_shows_noise_and_trains_nothing(
+    overrides: tuple[str, ...], unit: str, fedpers: Command, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedpers.cohort.clients import Clients
+    from fedpers.cohort.model import CohortModel
+
+    monkeypatch.setattr(Clients, "__init__", None)
+    monkeypatch.setattr(CohortModel, "__init__", None)
+    before = tree(work)
+    code, out, err = fedpers("privacy", "plan", "tiny.yaml", *overrides)
+    assert (code, err) == (0, "")
+    assert tree(work) == before
+    text = " ".join(out.split())
+    assert f"unit {unit}" in text
+    assert "target epsilon 8, delta 0.001" in text
+    found = re.search(r"noise multiplier ([0-9.]+)", text)
+    assert found
+    (row,) = [line for line in out.splitlines() if line.startswith("│ adapter")]
+    numbers, over_clip, over_best = (float(cell) for cell in row.split("│")[2:5])
+    assert numbers == 2 * (2 * 32 + 32 * 2)  # query and value of one layer, width 32, rank 2
+    assert over_clip == pytest.approx(float(found[1]) * numbers**0.5, abs=0.01)
+    divisor = {"user": 8, "record": 4}[unit]  # users, or the lot
+    assert over_best == pytest.approx(over_clip / divisor, abs=0.001)
+
+
+def test_a_plan_without_noise_says_so(fedpers: Command, work: Path) -> None:
+    _, out, _ = fedpers("privacy", "plan", "tiny.yaml")
+    assert out.startswith("No noise: privacy.unit is none")
+    assert "no privacy guarantee" in " ".join(out.split())
+    _, out, _ = fedpers("privacy", "plan", "tiny.yaml", "privacy.clip=1")
+    assert "clipped to 1; that alone is none" in " ".join(out.split())
+    _, out, _ = fedpers("privacy", "plan", "tiny.yaml", "privacy.unit=user", "privacy.clip=1")
+    assert out.startswith("No noise: privacy.epsilon is inf")
+    _, out, _ = fedpers("privacy", "plan", "tiny.yaml", "method=local", *USER)
+    assert "releases nothing here, so epsilon is 0" in " ".join(out.split())
+
+
+def test_plain_lines_where_there_is_no_terminal(fedpers: Command, work: Path) -> None:
+    """Where there is no --out, a run goes to runs/NAME, and the next one does not touch it."""
+    code, out, err = fedpers("run", "tiny.yaml", *USER, "method=fedper", *SHORT, "rounds=2")
+    assert code == 0
+    assert "\x1b" not in out + err
+    lines = [line for line in err.splitlines() if line.startswith("round ")]
+    assert [line.split(":")[0] for line in lines] == ["round 1/2", "round 2/2"]
+    for line in lines:
+        assert re.search(r"8 clients, loss [0-9.]+, .*global accuracy [0-9.]+, [0-9.]+ clients/s, epsilon spent", line)
+    spent = [float(line.rpartition(" ")[2]) for line in lines]
+    assert 0 < spent[0] < spent[1] <= 8
+    assert "8 users of synthetic" in err
+    claim = json.loads((work / "runs" / "tiny" / "claim.json").read_text())
+    assert " ".join(claim["sentence"].split()) in " ".join(out.split())
+    for kind in ("own", "global", "zero_shot", "swap"):
+        assert re.search(rf"^│ {kind} .*│ 0\.\d\d\d ", out, re.MULTILINE)
+    assert f"figure: {Path('runs/tiny/figures/learning_curve.png')}\n" in out
+    before = tree(work / "runs")
+
+    code, out, err = fedpers("run", "tiny.yaml", *USER, "method=fedper", *SHORT, "rounds=2", "--resume")
+    assert code == 0
+    assert err == "runs/tiny: this run is finished already\n"
+    assert tree(work / "runs") == before
+
+    code, out, err = fedpers("run", "tiny.yaml", *SHORT, "rounds=0", "method=local", "--quiet")
+    assert (code, err) == (0, "")
+    assert "run directory: runs/tiny-2\n" in out
+    assert {name: data for name, data in tree(work / "runs").items() if not name.startswith("tiny-2")} == before
+
+
+def test_export_lists_what_it_copied(fedpers: Command, work: Path) -> None:
+    assert fedpers("run", "tiny.yaml", *SHORT, "rounds=0", "method=local", "--quiet", "--out", "r")[0] == 0
+    code, out, _ = fedpers("export", "--public", "r", "public")
+    assert code == 0
+    assert {Path(line) for line in out.splitlines()} == set((work / "public").relative_to(work).iterdir())
+    refused(fedpers, work, "export", "--public", "r", "public", says=("public", "not an empty directory"))
+
+
+def test_bars_on_a_terminal_show_the_round() -> None:
+    screen = io.StringIO()
+    bars = reporter(Console(file=screen, force_terminal=True, width=160), quiet=False)
+    assert isinstance(bars, BarReporter)
+    row = {"clients": 8, "train_loss": 0.5, "global_accuracy": 0.25, "clients_per_second": 12.0, "epsilon": 1.5}
+    for number in (1, 2):
+        bars.round({**row, "round": number}, 2)
+    bars.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert "2/2" in shown
+    assert "8 clients, loss 0.500, global accuracy 0.250, 12.0 clients/s, epsilon spent 1.50" in shown
+
+
+def test_plain_lines_are_whole_lines() -> None:
+    log = io.StringIO()
+    plain = reporter(Console(file=log, width=40), quiet=False)
+    assert isinstance(plain, PlainReporter)
+    plain.message("a line that is [not] markup and longer than forty columns")
+    plain.stage("frozen layers", 4, 4)
+    plain.round({"round": 1, "clients": 0, "train_loss": None, "epsilon": None}, 3)
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "a line that is [not] markup and longer than forty columns"
+    assert lines[1] == "frozen layers: 4 ..."
+    assert re.fullmatch(r"frozen layers: done in [0-9.]+ s", lines[2])
+    assert lines[3] == "round 1/3: 0 clients"
+    assert type(reporter(Console(file=log), quiet=True)) is Reporter
+
+
+# --- the program as it is installed -----------------------------------------------------------------------------------
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "import fedpers; fedpers.load_config",
+        "sys.argv[1:] = ['--help']; from fedpers.cli import main; main()",
+        "sys.argv[1:] = ['methods']; from fedpers.cli import main; main()",
+        "sys.argv[1:] = ['run', 'nowhere.yaml']; from fedpers.cli import main; main()",
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(what: str) -> None:
+    code = f"import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); {what}"
+    found = run(sys.executable, "-c", code)
+    assert found.stdout.splitlines()[-1] == "False", found.stderr
+
+
+def test_the_package_offers_the_run_from_the_top() -> None:
+    import fedpers as package
+    from fedpers.simulation import Run, simulate
+
+    assert package.simulate is simulate
+    assert package.Run is Run
+    assert package.load_config is load_config
+    assert package.Config is Config
+    with pytest.raises(AttributeError, match="no attribute 'simulat'"):
+        _ = package.simulat
+
+
+def test_the_installed_program_refuses_in_one_line(work: Path) -> None:
+    found = run(PROGRAM, "run", "tiny.yaml", "privacy.epsilom=2")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "fedpers: tiny.yaml: unknown key 'privacy.epsilom'; did you mean 'epsilon'?\n"
+
+
+@pytest.mark.slow
+def test_the_installed_program_runs_quietly(work: Path) -> None:
+    """Nothing on standard error: no progress, and no warning of any library either."""
+    found = run(PROGRAM, "run", "tiny.yaml", *USER, "method=fedrep", *SHORT, "--quiet", "--out", "out")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "run directory: out\n" in found.stdout
+    assert (work / "out" / "summary.json").exists()
+    assert {path.name for path in work.iterdir()} == {"tiny.yaml", "out"}
