@@ -94,7 +94,8 @@ def draw(
                 zero_shot=metrics["zero_shot"]["mean"],
             )
         )
-    frontier(drawn, path / "figures", f"{config.name}: utility against privacy")
+    shared = "+".join(config.frontier.share or config.share) if config.frontier else ""
+    frontier(drawn, path / "figures", f"{config.name}: utility against privacy, shared: {shared}")
     (path / "frontier").mkdir(exist_ok=True)
     (path / "frontier" / "refused.json").write_text(json.dumps(refused, indent=2) + "\n", encoding="utf-8")
 

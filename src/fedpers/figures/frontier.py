@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from fedpers.errors import DataError, PrivacyRefusal
 from fedpers.figures.style import KIND_LOOKS, Look, legend, method_look, new_figure, save, style, wrap
 from fedpers.figures.style import title as draw_title
+from fedpers.privacy.claim import rounded_up
 
 MeanRange = tuple[float, float, float]
 
@@ -104,10 +105,9 @@ def _draw_method(
     ax: Axes, cells: Sequence[FrontierCell], positions: dict[float, float], shift: float, dodge: float, look: Look
 ) -> None:
     x = np.array([positions[cell.epsilon] for cell in cells]) + shift
-    for values, offset, personal in (
-        ([cell.own for cell in cells], 0.0, True),
-        ([cell.global_ for cell in cells], 0.3 * dodge, False),
-    ):
+    lines = [([cell.own for cell in cells], 0.0, True), ([cell.global_ for cell in cells], 0.3 * dodge, False)]
+    one_for_all = lines[0][0] == lines[1][0]  # a method without personal state has one line, not two
+    for values, offset, personal in lines[:1] if one_for_all else lines:
         mean, low, high = np.array(values, dtype=np.float64).T
         ax.errorbar(
             x + offset,
@@ -123,7 +123,7 @@ def _draw_method(
             markerfacecolor=look.color if personal else "white",
             capsize=3 if personal else 2,
             zorder=4 if personal else 3,
-            label=f"{look.name}, {'personal' if personal else 'shared'}",
+            label=f"{look.name}, {'personal' if personal and not one_for_all else 'shared'}",
         )
 
 
@@ -138,4 +138,4 @@ def _axis_label(private: Sequence[FrontierCell]) -> str:
 
 
 def _tick(epsilon: float) -> str:
-    return f"{epsilon:g}" if math.isfinite(epsilon) else "∞\n(no privacy)"
+    return rounded_up(epsilon).rstrip("0").rstrip(".") if math.isfinite(epsilon) else "∞\n(no privacy)"

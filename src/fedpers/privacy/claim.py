@@ -104,7 +104,7 @@ class Claim(BaseModel):
         if self.epsilon == math.inf:
             return "no privacy (ε = ∞)"
         who = {"user": "trusted server", "record": "untrusted server"}[self.unit]
-        return f"{self.unit}-level (ε = {_rounded_up(self.epsilon)}, δ = {self.delta:g}), {who}"
+        return f"{self.unit}-level (ε = {rounded_up(self.epsilon)}, δ = {self.delta:g}), {who}"
 
 
 def check_delta(delta: float, protected: int) -> None:
@@ -283,7 +283,7 @@ def _adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
     return against, not_against
 
 
-def _rounded_up(value: float) -> str:
+def rounded_up(value: float) -> str:
     """Two decimals, never less than the value: a rounded claim must still hold."""
     return str(Decimal(repr(value)).quantize(Decimal("0.01"), rounding=ROUND_CEILING))
 
@@ -304,7 +304,7 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
     else:
         *others, last = claim.protected_against
         sentences = [
-            f"ε = {_rounded_up(claim.epsilon)}{delta} for {unit} ({claim.adjacency}).",
+            f"ε = {rounded_up(claim.epsilon)}{delta} for {unit} ({claim.adjacency}).",
             f"What {', '.join(others)} and {last} see of this run tells them no more about {unit} than ε and δ allow.",
         ]
         if claim.unit == "user":
