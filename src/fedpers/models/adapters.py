@@ -30,29 +30,29 @@ def place(backbone: Backbone, config: AdapterConfig) -> Any:
     """
     if config.layers > backbone.depth:
         raise ConfigError(f"model.adapter.layers = {config.layers}: the backbone has {backbone.depth} layers.")
-    lora = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=list(config.targets),
-        layers_to_transform=list(range(backbone.depth - config.layers, backbone.depth)),
-    )
-    try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers for a property under its old name; nothing of ours depends on it.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            model = peft.get_peft_model(backbone.model, lora)
-    except ValueError as error:
-        linears = sorted(
-            {n.rpartition(".")[2] for n, m in backbone.blocks[-1].named_modules() if isinstance(m, nn.Linear)}
-        )
+    # Full module names: PEFT's own way to pick layers knows the layer lists of some architectures only.
+    top = set(backbone.blocks[backbone.depth - config.layers :].modules())
+    linears = {name for name, module in backbone.model.named_modules() if module in top and _is_linear(module)}
+    targets = sorted(name for name in linears if name.rpartition(".")[2] in config.targets)
+    known = {name.rpartition(".")[2] for name in linears}
+    if unknown := sorted(set(config.targets) - known):
         raise ConfigError(
-            f"model.adapter.targets = {list(config.targets)}: not found in the top layers; linear layers there: "
-            f"{', '.join(linears)}."
-        ) from error
+            f"model.adapter.targets: {', '.join(unknown)} not found in the top layers; linear layers there: "
+            f"{', '.join(sorted(known))}."
+        )
+    lora = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, bias="none", target_modules=targets
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property under its old name; nothing of ours depends on it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model = peft.get_peft_model(backbone.model, lora)
     model.peft_config["default"].base_model_name_or_path = backbone.name
     return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
 
 
 def array_name(module: str) -> str:

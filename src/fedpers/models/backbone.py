@@ -116,7 +116,8 @@ class Backbone:
         )
         try:
             with self._only(slice(layer, None)):
-                output: Tensor = self.model(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+                embeddings = hidden.new_zeros(*hidden.shape[:-1], self.model.get_input_embeddings().embedding_dim)
+                output: Tensor = self.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
         finally:
             handle.remove()
         return output
