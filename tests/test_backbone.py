@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_random_tiny_bert
 
+from conftest import save_random_tiny_bert
 from fedpers.config import AdapterConfig
 from fedpers.errors import AssetError, ConfigError
 from fedpers.models import adapters
@@ -74,7 +74,7 @@ def test_a_wrong_cut_is_refused(random_tiny_bert: Path, monkeypatch: pytest.Monk
 
 
 def test_no_stack_and_no_model_are_named(tmp_path: Path) -> None:
-    with pytest.raises(AssetError, match="model.backbone"):
+    with pytest.raises(AssetError, match=r"model\.backbone"):
         Backbone(str(tmp_path))
     with pytest.raises(AssetError, match="all-MiniLM-L6-v2"):
         Backbone("all-MiniLM-L6-v3")
