@@ -25,6 +25,7 @@ def names(kind: str) -> list[str]:
 
 
 T = TypeVar("T")
+KEYS = {"methods": "method", "tasks": "task.name", "data": "data.name"}  # where the configuration names an entry
 
 
 def find(kind: str, name: str, base: type[T]) -> type[T]:
@@ -45,7 +46,7 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown entry {name!r} of {kind}: {hint}known: {', '.join(known)}.")
+        raise ConfigError(f"{KEYS[kind]} = {name!r}: unknown; {hint}known: {', '.join(known)}.")
     module = importlib.import_module(f"fedpers.{kind}.{name.replace('-', '_')}")
     classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
     found = [c for c in classes if issubclass(c, base)]

@@ -37,8 +37,8 @@ def place(backbone: Backbone, config: AdapterConfig) -> Any:
     known = {name.rpartition(".")[2] for name in linears}
     if unknown := sorted(set(config.targets) - known):
         raise ConfigError(
-            f"model.adapter.targets: {', '.join(unknown)} not found in the top layers; linear layers there: "
-            f"{', '.join(sorted(known))}."
+            f"model.adapter.targets = {list(config.targets)}: {', '.join(unknown)} not found in the top layers; linear "
+            f"layers there: {', '.join(sorted(known))}."
         )
     lora = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, bias="none", target_modules=targets
