@@ -252,7 +252,11 @@ def test_user_level_words(tmp_path: Path) -> None:
 
 def test_record_level_words(tmp_path: Path) -> None:
     made = claim(ledger_of(tmp_path, "record", [{}]))
-    assert made.protected_against == ["the server", "other clients", "recipients of the shared model"]
+    assert made.protected_against == [
+        "the server (as long as it asks each client once a round)",
+        "other clients",
+        "recipients of the shared model",
+    ]
     assert any("that the user takes part" in who for who in made.not_protected_against)
     assert made.adjacency.startswith("add/remove")
     assert made.label().startswith("record-level (ε = ")

@@ -84,7 +84,7 @@ BAD_VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown key without a near one": (("engine.xyzzy=2",), ("'engine.xyzzy'", "allowed: cohort_size, token_budget")),
     "wrong type": (("rounds=many",), ("rounds = 'many'", "integer")),
     "fraction of a round": (("rounds=1.5",), ("rounds = 1.5", "integer")),
-    "a value where keys belong": (("privacy=strong",), ("privacy = 'strong'",)),
+    "a value where keys belong": (("privacy=strong",), ("privacy: input should be a valid dictionary",)),
     "keys where a value belongs": (("rounds.many=2",), ("'rounds.many=2'", "'rounds' holds a value")),
     "epsilon 0": (("privacy.unit=user", "privacy.clip=1", "privacy.epsilon=0"), ("privacy.epsilon = 0", "greater")),
     "epsilon negative": (("privacy.epsilon=-1",), ("privacy.epsilon = -1", "greater than 0")),
@@ -113,8 +113,8 @@ BAD_SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "delta against the number of users": (
         (*USER[:3], "privacy.delta=0.125"), ("delta 0.125", "8 protected units", "choose delta well below 0.125"),
     ),
-    "delta against the records of a user": (
-        (*RECORD[:3], "privacy.delta=0.1", "method=fedbabu"), ("delta 0.1", "12 protected units"),
+    "delta against the records of all": (
+        (*RECORD[:3], "privacy.delta=0.1", "method=fedbabu"), ("delta 0.1", "96 protected units"),
     ),
     "fedrep with record-level noise": (
         (*RECORD, "method=fedrep"),
@@ -246,7 +246,7 @@ def test_a_privacy_plan_shows_noise_and_trains_nothing(
     numbers, over_clip, over_best = (float(cell) for cell in row.split("│")[2:5])
     assert numbers == 2 * (2 * 32 + 32 * 2)  # query and value of one layer, width 32, rank 2
     assert over_clip == pytest.approx(float(found[1]) * numbers**0.5, abs=0.01)
-    divisor = {"user": 8, "record": 4}[unit]  # users, or the lot
+    divisor = {"user": 8, "record": 0.25 * 12}[unit]  # users, or a full client's expected batch
     assert over_best == pytest.approx(over_clip / divisor, abs=0.001)
 
 

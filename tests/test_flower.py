@@ -114,7 +114,8 @@ class Road:
         self.store = self.world.store(self.directory.private / "rounds")
 
     def go(self, reporter: Reporter | None = None) -> tuple[Arrays, Ledger, list[dict[str, Any]]]:
-        return federate(self.world.experiment, self.world.clients(self.store), self.directory, reporter or Reporter())
+        clients = self.world.clients(self.store)
+        return federate(self.world.experiment, clients, self.directory, KEY, reporter or Reporter())
 
 
 class WatchedGrid(CohortGrid):

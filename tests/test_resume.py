@@ -349,7 +349,7 @@ def test_resuming_with_another_configuration_names_the_keys(
         simulate(changed, stopped, resume=True, reuse=reuse)
     settings = {**FEDPER_USER, **SHORT}
     settings["privacy"] = {**settings["privacy"], "secret": "cd" * 32}
-    with pytest.raises(RunDirectoryError, match=r"another privacy\.secret"):
+    with pytest.raises(RunDirectoryError, match=r"not started with this privacy\.secret"):
         simulate(tiny(**settings), stopped, resume=True, reuse=reuse)
     with pytest.raises(RunDirectoryError, match="holds another run"):
         simulate(tiny(**FEDPER_USER, **SHORT), stopped, reuse=reuse)

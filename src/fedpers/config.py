@@ -35,7 +35,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """A part of the configuration; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)  # an input may be the secret
 
 
 class DataConfig(Section):
@@ -211,7 +211,9 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+            mark = getattr(error, "problem_mark", None)  # a line number; the line itself may hold the secret
+            place = f", line {mark.line + 1}" if mark is not None else ""
+            raise ConfigError(f"{path}{place}: not valid YAML; mend it there.") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}.")
     for override in overrides:
@@ -224,26 +226,28 @@ def parse_config(tree: Any, where: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(tree, dict(item), where) for item in error.errors()[:3])) from error
+        found = [_explain(dict(item), where) for item in error.errors()[:3]]
+    raise ConfigError("; ".join(found))  # outside of except: the chained error would show its input
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
+    shown = key if key.strip().startswith("privacy") else text  # the value may be the secret
     if not equals or not key.strip():
-        raise ConfigError(f"override {text!r}: expected key=value, for example privacy.epsilon=2.")
+        raise ConfigError(f"override {shown!r}: expected key=value, for example privacy.epsilon=2.")
     *parents, leaf = key.strip().split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {text!r}: {parent!r} holds a value, not keys.")
+            raise ConfigError(f"override {shown!r}: {parent!r} holds a value, not keys.")
     try:
         node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML.") from error
+    except yaml.YAMLError:
+        raise ConfigError(f"override {shown!r}: the value is not valid YAML.") from None
 
 
-def _explain(tree: Any, item: dict[str, Any], where: str) -> str:
+def _explain(item: dict[str, Any], where: str) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path) or "configuration"
     if item["type"] == "extra_forbidden":
@@ -253,8 +257,8 @@ def _explain(tree: Any, item: dict[str, Any], where: str) -> str:
         return f"{where}: unknown key {key!r}; {hint}"
     message = str(item["msg"]).removeprefix("Value error, ")
     found = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
-    if path and path[-1] == "secret":
-        found = ""
+    if path[:1] == ["privacy"] and (len(path) == 1 or path[-1] == "secret"):
+        found = ""  # never show the secret
     return f"{where}: {key}{found}: {message[0].lower()}{message[1:]}."
 
 
@@ -266,6 +270,12 @@ def _keys_at(path: Sequence[str]) -> list[str]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return list(FrontierConfig.model_fields) if part == "frontier" else []
     return list(model.model_fields)
+
+
+def result_text(config: Config) -> str:
+    """Return what the results of a run depend on, as text: the configuration without how it is run and looked at."""
+    return config.model_dump_json(exclude={"name": True, "engine": True, "evaluation": True, "frontier": True,
+                                           "privacy": {"secret"}})  # fmt: skip
 
 
 def dump_config(config: Config) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
+from fedpers.cohort.batching import Index
 from fedpers.cohort.model import CohortModel
 from fedpers.config import Config
 from fedpers.data import Federation, load
-from fedpers.errors import DataError
+from fedpers.errors import DataError, PrivacyRefusal
 from fedpers.evaluation.models import swap_partners
 from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import Method, Plan, plan
@@ -22,7 +24,7 @@ from fedpers.registry import find
 from fedpers.reporting import Reporter
 from fedpers.tasks.base import Examples, Task
 
-TUNING = "hyper-parameters, which were chosen on development users outside the federation"
+TUNING = "the choice of hyper-parameters, as far as it was made by looking at these people"
 METRICS = "the metrics and figures of this run, which the simulator measures without noise"
 
 
@@ -80,7 +82,7 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
         task = find("tasks", config.task.name, Task)(config.task)  # type: ignore[type-abstract]
         reuse.federations[key] = federation, task.prepare(federation, seed_key(config.seed)), task
     federation, examples, task = reuse.federations[key]
-    guarantee = resolve(config, own_plan, users=len(federation.users), most_records=config.data.max_train)
+    guarantee = resolve(config, own_plan, users=len(federation.users))
     swap = None
     if own_plan.personal:
         try:
@@ -111,7 +113,34 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
             reporter.stage,
             donor,
         )
+    if experiment.guarantee.unit != "none":
+        check_separate(reuse.models[key])
     return reuse.models[key]
+
+
+def check_separate(model: CohortModel) -> None:
+    """Compute the losses of some records together and one by one; they must not notice each other.
+
+    Raises:
+        PrivacyRefusal: a task or a backbone in which one record shapes another's loss, so that clipping bounds nothing.
+    """
+    rows = np.concatenate([held[:2] for held in model.examples.train[:3]])
+    owners = np.zeros_like(rows)
+    generator = torch.Generator().manual_seed(0)
+    model.load({n: t[None] + 0.1 * torch.randn(1, *t.shape, generator=generator) for n, t in model.initial.items()})
+
+    def losses(part: Index) -> torch.Tensor:
+        owner = torch.from_numpy(owners[part])
+        return model.task.loss(model.scores(model.contexts(rows[part], owner), rows[part], owner))
+
+    with torch.no_grad():
+        together = losses(np.arange(len(rows)))
+        alone = torch.cat([losses(np.array([place])) for place in range(len(rows))])
+    if not torch.allclose(together, alone, rtol=1e-4, atol=1e-4):
+        raise PrivacyRefusal(
+            "task or backbone: a record's loss changes with the other records of its batch, so clipping does not bound "
+            "what one record or user does; use a loss per record and no batch statistics."
+        )
 
 
 def shared_sizes(experiment: Experiment) -> dict[str, int]:

@@ -12,7 +12,8 @@ from fedpers.config import Config
 from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.experiment import Experiment
 from fedpers.figures.frontier import FrontierCell, frontier
-from fedpers.privacy.claim import Claim
+from fedpers.privacy.claim import Claim, composed, rounded_up
+from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import derive, secret_key
 
 Outcome = tuple[Claim, dict[str, Any]]  # a run's claim and its summary (or the part of it that `summarize` makes)
@@ -65,8 +66,10 @@ def check(config: Config, prepare: Callable[[Config], Experiment]) -> dict[str, 
 
 def draw(
     config: Config, path: Path, main: Outcome, refused: dict[str, str], run: Callable[[Config, Path], Outcome]
-) -> None:
+) -> list[Path]:
     """Run the cells below `path`/frontier, except the one that is the main run, and draw them all.
+
+    Returns the directories of the cells that were run.
 
     Args:
         config: the main run's configuration.
@@ -75,11 +78,15 @@ def draw(
         refused: cells that must not run.
         run: runs a cell's configuration in a directory, or continues it.
     """
-    drawn = []
+    drawn, ran = [], []
     for name, cell in cells(config).items():
         if name in refused:
             continue
-        claim, result = main if _setup(cell) == _setup(config) else run(cell, path / "frontier" / name)
+        if _setup(cell) == _setup(config):
+            claim, result = main
+        else:
+            ran.append(path / "frontier" / name)
+            claim, result = run(cell, ran[-1])
         metrics = result["metrics"]
         drawn.append(
             FrontierCell(
@@ -95,9 +102,22 @@ def draw(
             )
         )
     shared = "+".join(config.frontier.share or config.share) if config.frontier else ""
-    frontier(drawn, path / "figures", f"{config.name}: utility against privacy, shared: {shared}")
+    title = f"{config.name}: utility (measured without noise) against privacy, shared: {shared}"
+    frontier(drawn, path / "figures", title)
     (path / "frontier").mkdir(exist_ok=True)
     (path / "frontier" / "refused.json").write_text(json.dumps(refused, indent=2) + "\n", encoding="utf-8")
+    return ran
+
+
+def further_runs(ledger: Ledger, ran: list[Path]) -> list[str]:
+    """Say for the main run's claim that the same people were trained on again, and what all of it promises together."""
+    ledgers = [Ledger.load(folder / "ledger.jsonl") for folder in ran]
+    private = [one for one in ledgers if one.opening.unit != "none"]
+    open_ = len(ledgers) - len(private)
+    text = f"{len(ran)} further runs on the same people for the picture, {open_} of them without any privacy"
+    if private and ledger.opening.unit == "user":
+        text += f"; the private ones and this one together promise ε = {rounded_up(composed([ledger, *private]))}"
+    return [text] if ran else []
 
 
 def _setup(config: Config) -> Config:

@@ -26,10 +26,10 @@ Arrays = dict[str, NDArray[np.float32]]
 
 
 def federate(
-    experiment: Experiment, clients: Clients, directory: RunDirectory, reporter: Reporter
+    experiment: Experiment, clients: Clients, directory: RunDirectory, server_key: bytes, reporter: Reporter
 ) -> tuple[Arrays, Ledger, list[dict[str, Any]]]:
     """Run the rounds that are left through Flower; returns final shared arrays, ledger and a row per round."""
-    config, model, secret = experiment.config, clients.model, directory.secret()
+    config, model = experiment.config, clients.model
     done = directory.recover(clients.store)
     history = list(done.history) if done else []
     shared: Arrays = {name: model.initial[name].numpy() for name in clients.shared_names}
@@ -43,7 +43,7 @@ def federate(
     rounds = config.rounds if clients.shared_names else 0
     users = experiment.examples.users
     strategy = FedpersStrategy(
-        config, experiment.guarantee, users, ledger, secret, first_round=len(history)
+        config, experiment.guarantee, users, ledger, server_key, first_round=len(history)
     )  # fmt: skip
     if done is not None:
         strategy.load_state(done.strategy)

@@ -28,10 +28,20 @@ from torch import Tensor
 from fedpers.cohort.personal_store import Changes, PersonalStore
 from fedpers.config import Config, dump_config
 from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
+from fedpers.models.backbone import public_name
 from fedpers.privacy.ledger import Ledger, Secret
 from fedpers.privacy.randomness import secret_key
 
-PUBLIC = ("config.yaml", "environment.json", "claim.json", "ledger.jsonl", "adapters")
+PUBLIC = (
+    "config.yaml",
+    "environment.json",
+    "claim.json",
+    "ledger.jsonl",
+    "adapters/shared/adapter_config.json",
+    "adapters/shared/adapter_model.safetensors",
+    "adapters/shared/head.json",
+    "adapters/shared/head.safetensors",
+)
 Arrays = Mapping[str, NDArray[Any]]
 _FIRST = {"private", "environment.json", ".environment.json.partial", ".config.yaml.partial"}  # before a run counts
 
@@ -68,7 +78,9 @@ class RunDirectory:
         run = cls(path)
         run.check_free()
         try:
-            run.private.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o700)  # metrics of single users are private too
+            run.private.mkdir(exist_ok=True)
             run.private.chmod(0o700)
             run._write("environment.json", json.dumps(environment(config), indent=2, sort_keys=True) + "\n")
             run._write_secret(secret_key(config.privacy.secret), given=config.privacy.secret is not None)
@@ -94,8 +106,9 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{stored} differs from the configuration given in {', '.join(changed)}; resume with the same one."
             )
-        if config.privacy.secret is not None and secret_key(config.privacy.secret) != run.secret():
-            raise RunDirectoryError(f"{path}: was started with another privacy.secret; leave it out to resume.")
+        given = config.privacy.secret
+        if given is not None and (secret_key(given) != run.secret() or not (run.private / "secret-given").exists()):
+            raise RunDirectoryError(f"{path}: was not started with this privacy.secret; leave it out to resume.")
         return run
 
     @property
@@ -253,14 +266,14 @@ def export_public(run: Path, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     copied = []
     for name in PUBLIC:
-        source = run / name
-        if source.is_dir():
-            shutil.copytree(source, out / name)
-        elif source.exists():
-            shutil.copy(source, out / name)
-        else:
-            continue  # a method that shares nothing has no adapters
+        if not (run / name).exists():
+            continue  # a method that shares nothing has no adapters, one that shares the head has no LoRA files
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / name, out / name)
         copied.append(name)
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    config["model"]["backbone"] = public_name(config["model"]["backbone"])
+    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return copied
 
 

@@ -18,7 +18,7 @@ from fedpers import frontier
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
-from fedpers.config import GROUPS, Config
+from fedpers.config import GROUPS, Config, result_text
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import summarize, users_table, write_table
 from fedpers.experiment import Experiment, Reuse, build_model, prepare
@@ -28,6 +28,7 @@ from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import PERSONAL
 from fedpers.models.adapters import load as load_adapters
 from fedpers.privacy.claim import Claim, claim_from
+from fedpers.privacy.randomness import run_keys
 from fedpers.reporting import Reporter
 from fedpers.rounds import federate
 from fedpers.run_directory import RunDirectory
@@ -114,10 +115,12 @@ def simulate(
         directory = RunDirectory.create(directory.path, config)
     users = range(len(experiment.examples.users))
     store = PersonalStore(directory.private / "rounds", len(users), _initial(model, experiment.plan.groups(PERSONAL)))
-    clients = Clients(config, experiment.plan, experiment.guarantee, model, store, directory.secret())
+    server_key, clients_key = run_keys(directory.secret(), result_text(config))
+    clients = Clients(config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
-    shared, ledger, history = federate(experiment, clients, directory, reporter)
-    claim = claim_from(ledger, expected_rounds=len(history), excluded=experiment.excluded)
+    shared, ledger, history = federate(experiment, clients, directory, server_key, reporter)
+    excluded = experiment.excluded
+    claim = claim_from(ledger, expected_rounds=len(history), excluded=excluded)
     kinds = _train_at_home(experiment, clients, shared, directory, reporter)
     found = evaluation.measure(model, users, kinds)
 
@@ -127,17 +130,18 @@ def simulate(
     write_table(rounds, directory.path / "rounds.parquet")
     if shared:
         model.save_shared(directory.fresh_adapters(), shared)
-    directory.write_text("claim.json", claim.to_json())
     result = summarize(table, metric=experiment.task.metric, seed=config.seed)
     references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
-    learning_curve(rounds, references, claim.label(), directory.figures)
-    per_user_gain(
-        table, claim.label(), directory.figures, against="global" if experiment.plan.personal else "zero_shot"
-    )
+    label = f"{claim.label()}; the metrics are measured without noise"
+    learning_curve(rounds, references, label, directory.figures)
+    per_user_gain(table, label, directory.figures, against="global" if experiment.plan.personal else "zero_shot")
     if config.frontier is not None:
-        frontier.draw(
+        cells = frontier.draw(
             config, directory.path, (claim, result), refused, lambda cell, place: _cell(cell, place, reporter, reuse)
         )  # fmt: skip
+        excluded = [*excluded, *frontier.further_runs(ledger, cells)]
+        claim = claim_from(ledger, expected_rounds=len(history), excluded=excluded)
+    directory.write_text("claim.json", claim.to_json())
     directory.note_time("run", time.monotonic() - began)
     summary = _summary(experiment, claim, result, history, directory.seconds())
     directory.write_text("summary.json", json.dumps(summary, indent=2) + "\n")

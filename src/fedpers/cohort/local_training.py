@@ -15,7 +15,7 @@ from torch import Tensor
 from fedpers.cohort.batching import Index, Step, microbatches
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.optimizer import CohortDPOptimizer, Noise
-from fedpers.config import TrainConfig
+from fedpers.config import GROUPS, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def train_phase(
 def _optimizer(model: CohortModel, train: Sequence[str], settings: TrainConfig) -> torch.optim.Optimizer:
     groups = [
         {"params": [model.layers[name].weight for name in model.names([group])], "lr": getattr(settings.lr, group)}
-        for group in train
-        if model.names([group])
+        for group in GROUPS  # one order for weights and noise, whatever the phase's
+        if group in train and model.names([group])
     ]
     return torch.optim.SGD(groups) if settings.optimizer == "sgd" else torch.optim.Adam(groups)
 

@@ -16,7 +16,7 @@ from fedpers.cohort.linear import CohortLinear, Owners, to_cohort
 from fedpers.cohort.prefix_cache import Embedded, Prefix, Progress
 from fedpers.config import Config
 from fedpers.models import adapters
-from fedpers.models.backbone import Backbone, pool
+from fedpers.models.backbone import Backbone, pool, public_name
 from fedpers.privacy.randomness import generator
 from fedpers.tasks.base import Examples, Task, gather
 
@@ -80,7 +80,11 @@ class CohortModel(nn.Module):
         self.layers = dict(sorted(layers.items()))
         self.group = {name: adapters.group_of(name) for name in self.layers}
         self.initial = {name: self._initial(name, layer, key) for name, layer in self.layers.items()}
-        self.train()
+        # Opacus needs train mode, but only where something trains: a frozen layer with batch statistics would let one
+        # record shape what is computed for another.
+        self.eval()
+        for layer in self.layers.values():
+            layer.train()
 
     def _initial(self, name: str, layer: CohortLinear, key: bytes) -> Tensor:
         if ".lora_A." not in name:
@@ -133,7 +137,7 @@ class CohortModel(nn.Module):
         """Write arrays as standard PEFT files with the head beside them."""
         description = {
             "task": type(self.task).__name__,
-            "backbone": self.backbone.name,
+            "backbone": public_name(self.backbone.name),
             "pooling": "mean over tokens, then unit length",
             "apply": (self.head.__doc__ or "").strip().partition("\n")[0],
             "scale": self.task.config.scale,

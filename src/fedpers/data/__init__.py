@@ -1,5 +1,5 @@
 """Federations: users with their private records, and public texts from people outside."""
 
-from fedpers.data.base import Federation, Record, Source, load
+from fedpers.data.base import Federation, PublicText, Record, Source, load
 
-__all__ = ["Federation", "Record", "Source", "load"]
+__all__ = ["Federation", "PublicText", "Record", "Source", "load"]

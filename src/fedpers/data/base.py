@@ -55,6 +55,11 @@ class Federation:
         """
         if not self.users:
             raise DataError(f"data {self.source}: no user has enough records; lower data.min_train or data.min_test.")
+        if len(set(self.users)) != len(self.users) or not all(type(user) is str for user in self.users):
+            raise DataError(
+                f"data {self.source}: user ids must be distinct strings; noise and sampling are drawn by user id, so "
+                "two users with one id would get the same noise."
+            )
         ids = [r.id for part in (self.train, self.test) for records in part for r in records]
         if len(set(ids)) != len(ids):
             raise DataError(f"data {self.source}: a record appears twice (in train and test, or for two users).")

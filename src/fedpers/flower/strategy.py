@@ -64,7 +64,7 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         guarantee: clipping and noise.
         users: ids of the registered users; node i of the grid acts for users[i].
         ledger: gets a line for every release, before it leaves.
-        secret: key of sampling and noise.
+        secret: the server's key of client sampling and user-level noise; never the clients' key.
         first_round: rounds done before (resume); Flower counts from 1, the ledger from the run's start.
     """
 
@@ -135,6 +135,7 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
                 sampling_rate=self.guarantee.rate,
                 steps=max(1, self.guarantee.releases // self.config.rounds),
                 clients=[node - wire.FIRST_NODE for node in nodes],
+                # The clients draw with a key that the server lacks; this only tells their rounds apart.
                 noise_address=fingerprint(self._secret, "round", number) if protected else "",
                 release_hash=release_hash(sent),
             )

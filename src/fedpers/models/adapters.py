@@ -16,7 +16,7 @@ from torch import nn
 
 from fedpers.config import AdapterConfig
 from fedpers.errors import ConfigError
-from fedpers.models.backbone import Backbone
+from fedpers.models.backbone import Backbone, public_name
 
 Arrays = Mapping[str, NDArray[np.float32]]
 HEAD = "head."  # arrays of the head are named head.*, all others are PEFT's keys
@@ -47,7 +47,7 @@ def place(backbone: Backbone, config: AdapterConfig) -> Any:
         # PEFT asks transformers for a property under its old name; nothing of ours depends on it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         model = peft.get_peft_model(backbone.model, lora)
-    model.peft_config["default"].base_model_name_or_path = backbone.name
+    model.peft_config["default"].base_model_name_or_path = public_name(backbone.name)
     return model
 
 

@@ -149,6 +149,11 @@ class Backbone:
             setattr(self._parent, self._attribute, self.blocks)
 
 
+def public_name(name: str) -> str:
+    """Return what may be shown of a backbone's name: of a local path only the last part."""
+    return Path(name).name if Path(name).exists() else name
+
+
 def pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens of (rows, tokens, width), scaled to unit length (sentence-transformers' recipe)."""
     weights = mask.to(hidden.dtype).unsqueeze(-1)

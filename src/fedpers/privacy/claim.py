@@ -112,7 +112,7 @@ def check_delta(delta: float, protected: int) -> None:
 
     Args:
         delta: Target delta.
-        protected: Number of users (unit user), or the largest number of records of one user (unit record).
+        protected: Number of users (unit user), or of records that they may hold together (unit record).
 
     Raises:
         ConfigError: `delta` is not in (0, 1).
@@ -180,6 +180,14 @@ def claim_from(
 def spent(ledger: Ledger) -> float:
     """Epsilon of what the ledger holds so far, for the progress line; the claim is made at the end."""
     return _spent(ledger.opening, ledger.releases)[0]
+
+
+def composed(ledgers: Sequence[Ledger]) -> float:
+    """Epsilon of several user-level runs on the same users together, at the first one's delta."""
+    delta = ledgers[0].opening.delta
+    if delta is None or any(ledger.opening.unit != "user" for ledger in ledgers):
+        raise LedgerError("only user-level runs are composed.")
+    return epsilon([_event(release) for ledger in ledgers for release in ledger.releases], delta)
 
 
 def _check_complete(ledger: Ledger, expected_rounds: int | None) -> None:
@@ -277,7 +285,8 @@ def _adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
         against, not_against = everyone[1:], ["the server (trusted: it sees raw updates)", personal]
     else:
         whole = "conclusions about a user as a whole: that the user takes part, or what all records have in common"
-        against, not_against = everyone, [personal, whole]
+        against = ["the server (as long as it asks each client once a round)", *everyone[1:]]
+        not_against = [personal, whole]
     if opening.secret == "given in the configuration":
         not_against.append("whoever reads the configuration: it holds the secret that the noise is made from")
     return against, not_against
@@ -316,7 +325,7 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
         sentences.append(population_note)
     if 0 < claim.epsilon < math.inf:
         sentences.append(
-            "The noise is simulated by a generator that is not cryptographically secure. The claim covers this one run "
-            "and holds only while its secret stays secret; further runs on the same data add up."
+            "The noise is simulated in floating point by a generator that is not cryptographically secure. The claim "
+            "covers this one run and holds only while its secret stays secret; further runs on the same data add up."
         )
     return sentences

@@ -38,6 +38,7 @@ class Guarantee:
     head_policy: str
     adjacency: str
     protected: int  # units that delta is held against
+    expected: float  # contributions in one noised sum, if everyone holds as much as allowed
 
     @property
     def clips_updates(self) -> bool:
@@ -45,14 +46,13 @@ class Guarantee:
         return self.unit != "record" and self.clip is not None
 
 
-def resolve(config: Config, plan: Plan, users: int, most_records: int) -> Guarantee:
+def resolve(config: Config, plan: Plan, users: int) -> Guarantee:
     """Check the setup and calibrate the noise.
 
     Args:
         config: the run's configuration.
         plan: the method's table; whether personal state feeds back is read off it.
         users: registered clients, a public number.
-        most_records: largest number of training records any client may hold, a public cap.
 
     Raises:
         PrivacyRefusal: a combination that cannot be claimed, with the sound ways out.
@@ -60,7 +60,7 @@ def resolve(config: Config, plan: Plan, users: int, most_records: int) -> Guaran
     """
     privacy = config.privacy
     check_setup(config, plan)
-    protected = {"none": 1, "user": users, "record": most_records}[privacy.unit]
+    protected = {"none": 1, "user": users, "record": users * config.data.max_train}[privacy.unit]
     if privacy.unit != "none":
         check_delta(privacy.delta, protected)
     phases = len(plan.round)
@@ -88,6 +88,11 @@ def resolve(config: Config, plan: Plan, users: int, most_records: int) -> Guaran
         head_policy=_head_policy(plan),
         adjacency=ADJACENCY[privacy.unit],
         protected=protected,
+        expected={
+            "none": 1.0,
+            "user": config.client_rate * users,
+            "record": privacy.record_rate * config.data.max_train,
+        }[privacy.unit],
     )
 
 
@@ -102,7 +107,8 @@ def plan_table(guarantee: Guarantee, sizes: Mapping[str, int]) -> list[dict[str,
     """How large the noise is beside the signal, per shared parameter group, before any training.
 
     `noise_over_clip` is the noise's L2 norm over the clipping bound; `noise_over_best` the same over the largest
-    possible mean, reached if every contribution were as long as the bound and pointed the same way.
+    possible sum, reached if every contribution were as long as the bound and pointed the same way. At record level both
+    are of one client's step; the server's average over clients lowers the ratio further.
     """
     rows: list[dict[str, float | int | str]] = []
     for group, size in sizes.items():
@@ -112,7 +118,7 @@ def plan_table(guarantee: Guarantee, sizes: Mapping[str, int]) -> list[dict[str,
                 "group": group,
                 "numbers": size,
                 "noise_over_clip": ratio,
-                "noise_over_best": ratio / guarantee.denominator,
+                "noise_over_best": ratio / guarantee.expected,
             }
         )
     return rows

@@ -52,7 +52,7 @@ class Opening(_Line):
         delta: Target delta of the claim; None exactly when `unit` is none.
         population: Number of registered users, public.
         protected: Number that delta is held against (delta < 1 / protected): the registered users for unit user, the
-            largest number of records of one user for unit record.
+            most records that they may hold together for unit record.
         method: Name of the personalization method.
         head_policy: How the head is trained, in words; copied into the claim.
         shared_names: The only names that releases may hold.

@@ -42,10 +42,22 @@ def secret_key(text: str | None) -> bytes:
     return key
 
 
+def run_keys(secret: bytes, configuration: str) -> tuple[bytes, bytes]:
+    """Return the server's and the clients' key for one configuration (its text, without what changes no result).
+
+    A secret that is given twice must not protect two different releases with the same noise, so every configuration has
+    keys of its own; the server never holds the key of the clients' noise.
+    """
+    root = derive(secret, "run", configuration)
+    return derive(root, "server"), derive(root, "clients")
+
+
 def _encode(address: Sequence[Part]) -> bytes:
     # Type and length before each part: ("a", "bc") and ("ab", "c") or 1 and "1" never meet.
     parts = []
     for part in address:
+        if type(part) not in (str, int):  # 1.0 and "1.0" must not meet either
+            raise TypeError(f"an address is made of str and int, not {type(part).__name__}")
         text = str(part).encode()
         parts.append(b"%c%d:" % (b"i" if isinstance(part, int) else b"s", len(text)) + text)
     return b"".join(parts)
