@@ -115,7 +115,8 @@ class Road:
 
     def go(self, reporter: Reporter | None = None) -> tuple[Arrays, Ledger, list[dict[str, Any]]]:
         clients = self.world.clients(self.store)
-        return federate(self.world.experiment, clients, self.directory, KEY, reporter or Reporter())
+        key = bytes.fromhex(self.world.experiment.config.privacy.secret or SECRET)
+        return federate(self.world.experiment, clients, self.directory, key, reporter or Reporter())
 
 
 class WatchedGrid(CohortGrid):

@@ -188,7 +188,7 @@ def test_an_export_copies_named_files_only_and_no_local_path(tiny: Tiny, tmp_pat
 
 def test_the_claim_counts_the_other_runs_of_its_picture(tiny: Tiny, tmp_path: Path) -> None:
     picture = {"methods": ["fedavg"], "epsilons": ["inf", 1]}
-    run = simulate(tiny(privacy=USER, frontier=picture), tmp_path / "run")
+    run = simulate(tiny(method="fedavg", privacy=USER, frontier=picture), tmp_path / "run")
     ledgers = [
         Ledger.load(tmp_path / "run" / "ledger.jsonl"),
         Ledger.load(tmp_path / "run/frontier/fedavg-eps-1/ledger.jsonl"),

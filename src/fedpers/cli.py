@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -91,7 +92,7 @@ def privacy_plan(config: ConfigPath, overrides: Overrides = None) -> None:
         f"target epsilon {experiment.config.privacy.epsilon:g}, delta {guarantee.delta:g}; noise multiplier "
         f"{guarantee.noise_multiplier:.4f}, clip {guarantee.clip}, Poisson rate {guarantee.rate:g}, "
         f"{guarantee.releases} noised steps, divided by {guarantee.denominator:g}\n"
-        f"head policy: {guarantee.head_policy}",
+        f"personal state: {guarantee.head_policy}",
         highlight=False,
     )
     table = Table("shared group", "numbers", "noise norm / clip", "noise norm / largest possible mean")
@@ -124,20 +125,21 @@ def export(
 def _print_run(found: Any) -> None:
     out = Console()
     summary = found.summary
-    table = Table("model", "accuracy", "95% interval", "worst decile", title=f"{summary['name']}: {summary['method']}")
+    table = Table(
+        "model", "accuracy", "95% interval", "worst decile", title=f"{summary['name']}: {summary['method']}", box=SIMPLE
+    )
     for kind, one in summary["metrics"].items():
         worst = "" if one["worst_decile"] is None else f"{one['worst_decile']:.3f}"
         table.add_row(kind, f"{one['mean']:.3f}", f"{one['ci95'][0]:.3f} to {one['ci95'][1]:.3f}", worst)
     out.print(table)
-    versus = Table("own against", "gain", "95% interval", "helped / tied / harmed", "by chance alone", "p (Wilcoxon)")
+    versus = Table("own against", "gain, 95% interval", "helped/tied/harmed", "chance helps", "p", box=SIMPLE)
     for kind, one in summary["comparisons"].items():
         chance = one["null_helped"]
         versus.add_row(
             kind,
-            f"{one['mean_gain']:+.3f}",
-            f"{one['ci95'][0]:+.3f} to {one['ci95'][1]:+.3f}",
-            f"{one['helped']:g} / {one['tied']:g} / {one['harmed']:g}",
-            "" if chance is None else f"{chance['low']:g} to {chance['high']:g} helped",
+            f"{one['mean_gain']:+.3f} ({one['ci95'][0]:+.3f} to {one['ci95'][1]:+.3f})",
+            f"{one['helped']:g}/{one['tied']:g}/{one['harmed']:g}",
+            "" if chance is None else f"{chance['low']:g} to {chance['high']:g}",
             f"{one['p_value']:.2g}",
         )
     out.print(versus)

@@ -196,7 +196,7 @@ class Config(Section):
     frontier: FrontierConfig | None = None
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `key.path=value` overrides (values are YAML).
 
     Raises:
@@ -205,7 +205,8 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     tree: Any = {}
     where = "configuration"
     if path is not None:
-        where = str(path)
+        path = Path(path)
+        where = f"{path} with overrides" if overrides else str(path)
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:

@@ -269,7 +269,7 @@ def export_public(run: Path, out: Path) -> list[str]:
         if not (run / name).exists():
             continue  # a method that shares nothing has no adapters, one that shares the head has no LoRA files
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(run / name, out / name)
+        shutil.copyfile(run / name, out / name)  # not the private mode of the original
         copied.append(name)
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     config["model"]["backbone"] = public_name(config["model"]["backbone"])

@@ -82,7 +82,7 @@ class Run:
 
 def simulate(
     config: Config,
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -104,12 +104,18 @@ def simulate(
     began = time.monotonic()
     experiment = prepare(config, reuse)
     refused = frontier.check(config, lambda cell: prepare(cell, reuse)) if config.frontier else {}
+    if config.frontier is not None and config.method not in config.frontier.methods:
+        drawn = ", ".join(config.frontier.methods)
+        reporter.message(f"no picture: frontier.methods is {drawn}; frontier.methods=[{config.method}] draws this one")
+        config = config.model_copy(update={"frontier": None})
+        experiment = prepare(config, reuse)
     stock_strategy(config)  # refuses options that it does not take
-    directory = _open(config, out if out is not None else _free(Path("runs"), config.name, resume), resume)
+    directory = _open(config, Path(out) if out is not None else _free(Path("runs"), config.name, resume), resume)
     if directory.finished:
         reporter.message(f"{directory.path}: this run is finished already")
         return load(directory.path, config)
-    reporter.message(_people(experiment))
+    if not reuse.models:  # once for all runs in a picture
+        reporter.message(_people(experiment))
     model = build_model(experiment, reporter, reuse)
     if not directory.started:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
@@ -200,10 +206,13 @@ def _open(config: Config, path: Path, resume: bool) -> RunDirectory:
 
 
 def _free(parent: Path, name: str, resume: bool) -> Path:
-    """`runs/NAME`, or the first `runs/NAME-2`, `-3`, ... that is free; with resume the latest that is taken."""
+    """`runs/NAME`, or the first `runs/NAME-2`, `-3`, ... that is free; with resume the latest that was stopped."""
     names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
     first = next(index for index, one in enumerate(names) if not (parent / one).exists())
-    return parent / names[max(0, first - 1) if resume else first]
+    if not resume or first == 0:
+        return parent / names[first]
+    stopped = [one for one in names[:first] if not RunDirectory(parent / one).finished]
+    return parent / (stopped or names[:first])[-1]
 
 
 def _initial(model: CohortModel, groups: tuple[str, ...]) -> dict[str, Tensor]:

@@ -185,8 +185,8 @@ def _reading(
         shared, untrained = metrics["global"]["mean"], metrics["zero_shot"]["mean"]
         if (shared < untrained) if higher_is_better else (shared > untrained):
             sentences.append(
-                "The shared model is worse than no training at all (noise or over-fitting), so beating it proves "
-                f"nothing (mean {metric} {shared:.3f} against {untrained:.3f})."
+                "The shared model is on average worse than no training at all (noise or over-fitting), so beating it "
+                f"proves nothing (mean {metric} {shared:.3f} against {untrained:.3f})."
             )
     if "global" in comparisons and comparisons["global"].n_eligible:
         sentences.append(_counts_sentence(comparisons["global"]))
@@ -203,9 +203,11 @@ def _verdict(kind: str, found: Comparison, metric: str) -> str:
     if significant and found.mean_gain > 0:
         caveat = ", though the interval of the mean includes 0" if low <= 0 else ""
         return f"The personal model beats {NAMES[kind]} {numbers}{caveat}."
-    verb = "is worse than" if significant and found.mean_gain < 0 else "does not beat"
+    worse = significant and found.mean_gain < 0
+    caveat = ", though the interval of the mean includes 0" if worse and high >= 0 else ""
     consequence = f": {_IF_NOT_BEATEN[kind]}" if kind in _IF_NOT_BEATEN else ""
-    return f"The personal model {verb} {NAMES[kind]} {numbers}{consequence}."
+    verb = "is worse than" if worse else "does not beat"
+    return f"The personal model {verb} {NAMES[kind]} {numbers}{caveat}{consequence}."
 
 
 def _counts_sentence(found: Comparison) -> str:

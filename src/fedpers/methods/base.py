@@ -117,7 +117,7 @@ def plan(name: str, method: type[Method], config: Config) -> Plan:
     """Apply `share` and `personal.groups` to a method's table.
 
     Raises:
-        ConfigError: the method shares something, but nothing of it is left to share.
+        ConfigError: nothing is left of what the method shares, or of a phase that it runs at home.
     """
     scopes = {g: FROZEN if s is SHARED and g not in config.share else s for g, s in method.scopes.items()}
     if SHARED in method.scopes.values() and SHARED not in scopes.values():
@@ -125,6 +125,12 @@ def plan(name: str, method: type[Method], config: Config) -> Plan:
         raise ConfigError(f"share={'+'.join(config.share)}: method {name!r} shares only {would}; set share={would}.")
     moving = {group for group, scope in scopes.items() if scope is not FROZEN}
     # A shared group that is frozen in the rounds may still be tuned at home.
+    for phase in method.finish:
+        if not set(phase.train) & set(config.personal.groups):
+            raise ConfigError(
+                f"personal.groups={'+'.join(config.personal.groups)}: leaves nothing of Phase{phase.train}, which "
+                f"method {name!r} runs at home; set personal.groups={'+'.join(phase.train)}."
+            )
     return Plan(
         name=name,
         scopes=scopes,

@@ -72,7 +72,7 @@ def save(directory: Path, arrays: Arrays, lora: Any | None, head: Mapping[str, o
     """
     directory.mkdir(parents=True, exist_ok=True)
     adapter = {name: np.ascontiguousarray(a) for name, a in arrays.items() if group_of(name) == "adapter"}
-    if lora is not None:
+    if lora is not None and adapter:
         lora.save_pretrained(str(directory))
         save_file(adapter, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     heads = {name: np.ascontiguousarray(a) for name, a in arrays.items() if group_of(name) == "head"}

@@ -126,13 +126,15 @@ def plan_table(guarantee: Guarantee, sizes: Mapping[str, int]) -> list[dict[str,
 
 def _feedback_refusal(plan: Plan) -> str:
     heads = " and ".join(plan.feedback)
+    babu = ": method=fedbabu" if plan.feedback == ("head",) else ""
     return (
         f"method {plan.name!r} with privacy.unit=record is refused: the personal {heads} is trained without noise on "
         f"the same records and feeds the gradients of the shared {' and '.join(plan.shared)}, so one record changes "
         "the gradients of all the others and the true epsilon is far above the claimed one. Three sound ways out: "
-        "(1) keep the head at its public value until the last release: method=fedbabu; "
-        "(2) train the head under the same clipping and noise and tune it at home afterwards: method=fedavg-finetune; "
-        "(3) protect whole users, where a personal head may stay noise-free: privacy.unit=user."
+        f"(1) keep the {heads} at its public value until the last release{babu}; "
+        f"(2) train the {heads} under the same clipping and noise and tune it at home afterwards: "
+        "method=fedavg-finetune; "
+        f"(3) protect whole users, where a personal {heads} may stay noise-free: privacy.unit=user."
     )
 
 
