@@ -18,9 +18,8 @@ def test_the_method_shown_whole_is_the_file() -> None:
 
 
 def test_links_and_paths_exist() -> None:
-    found = re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(
-        r"`((?:src|configs|experiments|docs)/[^` ]+)`", README
-    )
+    found = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    found += re.findall(r"`((?:src|configs|experiments|docs)/[^` ]+)`", README)
     assert len(found) > 5
     assert [name for name in found if not (ROOT / name).exists()] == []
 
