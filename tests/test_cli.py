@@ -65,7 +65,7 @@ def tree(path: Path) -> dict[str, bytes | None]:
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def refused(fedpers: Command, work: Path, *arguments: object, says: tuple[str, ...]) -> None:
+def assert_refused(fedpers: Command, work: Path, *arguments: object, says: tuple[str, ...]) -> None:
     """Exit code 2, one line on standard error that says these things, nothing on standard output, nothing written."""
     before = tree(work.parent)
     code, out, err = fedpers(*arguments)
@@ -106,7 +106,7 @@ BAD_VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", BAD_VALUES)
 def test_a_bad_value_is_named(case: str, fedpers: Command, work: Path) -> None:
     overrides, says = BAD_VALUES[case]
-    refused(fedpers, work, "run", "tiny.yaml", *overrides, "--quiet", says=says)
+    assert_refused(fedpers, work, "run", "tiny.yaml", *overrides, "--quiet", says=says)
 
 
 BAD_SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -143,24 +143,26 @@ def test_a_setup_that_cannot_be_run_is_refused_before_anything_is_written(
     case: str, fedpers: Command, work: Path
 ) -> None:
     overrides, says = BAD_SETUPS[case]
-    refused(fedpers, work, "run", "tiny.yaml", *overrides, "--quiet", "--out", "out", says=says)
+    assert_refused(fedpers, work, "run", "tiny.yaml", *overrides, "--quiet", "--out", "out", says=says)
 
 
 def test_server_options_that_the_strategy_does_not_take(fedpers: Command, work: Path) -> None:
-    refused(fedpers, work, "run", "tiny.yaml", "server.options={beta: 1}", "--quiet", says=("server.options", "beta"))
+    assert_refused(
+        fedpers, work, "run", "tiny.yaml", "server.options={beta: 1}", "--quiet", says=("server.options", "beta")
+    )
 
 
 def test_bad_configuration_files(fedpers: Command, work: Path) -> None:
-    refused(fedpers, work, "run", "nowhere.yaml", says=("nowhere.yaml", "cannot be read", "name a YAML file"))
-    refused(fedpers, work, "run", ".", says=("cannot be read",))
+    assert_refused(fedpers, work, "run", "nowhere.yaml", says=("nowhere.yaml", "cannot be read", "name a YAML file"))
+    assert_refused(fedpers, work, "run", ".", says=("cannot be read",))
     (work / "broken.yaml").write_text("privacy: {unit: user\nrounds: 3\n")
-    refused(fedpers, work, "run", "broken.yaml", says=("broken.yaml", "not valid YAML", "line 2"))
+    assert_refused(fedpers, work, "run", "broken.yaml", says=("broken.yaml", "not valid YAML", "line 2"))
     (work / "list.yaml").write_text("- method: fedavg\n")
-    refused(fedpers, work, "run", "list.yaml", says=("list.yaml", "expected a mapping", "list"))
+    assert_refused(fedpers, work, "run", "list.yaml", says=("list.yaml", "expected a mapping", "list"))
     (work / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x81")
-    refused(fedpers, work, "run", "bytes.yaml", says=("bytes.yaml", "not valid YAML"))
+    assert_refused(fedpers, work, "run", "bytes.yaml", says=("bytes.yaml", "not valid YAML"))
     (work / "typo.yaml").write_text("metod: fedavg\n")
-    refused(fedpers, work, "run", "typo.yaml", says=("typo.yaml", "'metod'", "did you mean 'method'"))
+    assert_refused(fedpers, work, "run", "typo.yaml", says=("typo.yaml", "'metod'", "did you mean 'method'"))
 
 
 def test_an_error_never_shows_the_secret(fedpers: Command, work: Path) -> None:
@@ -176,7 +178,7 @@ def test_nobody_with_enough_records(fedpers: Command, work: Path, monkeypatch: p
         return replace(whole(self, *arguments), users=(), train=(), test=(), partners=())
 
     monkeypatch.setattr(Synthetic, "load", nobody)
-    refused(
+    assert_refused(
         fedpers, work, "run", "tiny.yaml", "--quiet", says=("no user has enough records", "lower data.min_train")
     )  # fmt: skip
 
@@ -185,20 +187,22 @@ def test_a_directory_with_something_in_it_is_left_alone(fedpers: Command, work: 
     (work / "mine").mkdir()
     (work / "mine" / "thesis.tex").write_text("years of work")
     says = ("mine", "another run", "--out")
-    refused(fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "mine", says=says)
-    refused(fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "mine", "--resume", says=says)
-    refused(fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "tiny.yaml", says=("tiny.yaml is a file", "--out"))
+    assert_refused(fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "mine", says=says)
+    assert_refused(fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "mine", "--resume", says=says)
+    assert_refused(
+        fedpers, work, "run", "tiny.yaml", "--quiet", "--out", "tiny.yaml", says=("tiny.yaml is a file", "--out")
+    )
 
 
 def test_other_commands_refuse_in_the_same_way(fedpers: Command, work: Path) -> None:
-    refused(fedpers, work, "assets", "show", "chitchit", says=("'chitchit'", "chitchat"))
-    refused(fedpers, work, "assets", "fetch", "chitchit", says=("'chitchit'", "chitchat"))
-    refused(fedpers, work, "privacy", "plan", "nowhere.yaml", says=("nowhere.yaml",))
-    refused(
+    assert_refused(fedpers, work, "assets", "show", "chitchit", says=("'chitchit'", "chitchat"))
+    assert_refused(fedpers, work, "assets", "fetch", "chitchit", says=("'chitchit'", "chitchat"))
+    assert_refused(fedpers, work, "privacy", "plan", "nowhere.yaml", says=("nowhere.yaml",))
+    assert_refused(
         fedpers, work, "privacy", "plan", "tiny.yaml", *RECORD, "method=fedrep", says=("Three sound ways out",)
     )  # fmt: skip
-    refused(fedpers, work, "export", "--public", "nowhere", "out", says=("nowhere", "no finished run"))
-    refused(fedpers, work, "export", "nowhere", "out", says=("--public",))
+    assert_refused(fedpers, work, "export", "--public", "nowhere", "out", says=("nowhere", "no finished run"))
+    assert_refused(fedpers, work, "export", "nowhere", "out", says=("--public",))
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -297,7 +301,7 @@ def test_export_lists_what_it_copied(fedpers: Command, work: Path) -> None:
     code, out, _ = fedpers("export", "--public", "r", "public")
     assert code == 0
     assert {Path(line) for line in out.splitlines()} == set((work / "public").relative_to(work).iterdir())
-    refused(fedpers, work, "export", "--public", "r", "public", says=("public", "not an empty directory"))
+    assert_refused(fedpers, work, "export", "--public", "r", "public", says=("public", "not an empty directory"))
 
 
 def test_bars_on_a_terminal_show_the_round() -> None:

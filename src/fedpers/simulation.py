@@ -173,7 +173,7 @@ def _train_at_home(
     model, plan = clients.model, experiment.plan
     users = range(len(experiment.examples.users))
 
-    def finish(who: Clients, start: Arrays, rounds: PersonalStore | None, name: str) -> PersonalStore:
+    def train_all(who: Clients, start: Arrays, rounds: PersonalStore | None, name: str) -> PersonalStore:
         store = directory.fresh_store(name, len(users), _initial(model, who.plan.personal))
         done = 0
         for cohort, parameters in who.finish(users, start, rounds):
@@ -186,10 +186,10 @@ def _train_at_home(
     kinds = {"own": evaluation.common(model, shared, "shared" if shared else "initial")}
     kinds["global"] = kinds["own"]
     if plan.personal:
-        kinds["own"] = evaluation.own(model, shared, finish(clients, shared, clients.store, "own"), plan)
+        kinds["own"] = evaluation.own(model, shared, train_all(clients, shared, clients.store, "own"), plan)
     if experiment.config.evaluation.local_only:
         local = clients.with_plan(experiment.local_plan)
-        kinds["local"] = evaluation.own(model, {}, finish(local, {}, None, "local"), experiment.local_plan, "local")
+        kinds["local"] = evaluation.own(model, {}, train_all(local, {}, None, "local"), experiment.local_plan, "local")
     kinds["zero_shot"] = evaluation.common(model, {}, "initial")
     if experiment.swap is not None:
         kinds["swap"] = evaluation.swapped(kinds["own"], experiment.swap)
