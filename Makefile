@@ -19,7 +19,7 @@ test: $(INSTALLED) ## install, then run all tests
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED) ## install, then run the tests that need no real model and no network
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(INSTALLED) ## install, then check style, format and types
 	$(BIN)/ruff check .

@@ -132,15 +132,17 @@ def _print_run(found: Any) -> None:
         worst = "" if one["worst_decile"] is None else f"{one['worst_decile']:.3f}"
         table.add_row(kind, f"{one['mean']:.3f}", f"{one['ci95'][0]:.3f} to {one['ci95'][1]:.3f}", worst)
     out.print(table)
-    versus = Table("own against", "gain, 95% interval", "helped/tied/harmed", "chance helps", "p", box=SIMPLE)
+    versus = Table(box=SIMPLE)
+    for column in ("own vs", "gain (95% interval)", "help/tie/harm", "by chance", "p"):
+        versus.add_column(column, no_wrap=True)  # fits 80 columns
     for kind, one in summary["comparisons"].items():
         chance = one["null_helped"]
         versus.add_row(
             kind,
-            f"{one['mean_gain']:+.3f} ({one['ci95'][0]:+.3f} to {one['ci95'][1]:+.3f})",
+            f"{one['mean_gain']:+.3f} ({one['ci95'][0]:+.3f}, {one['ci95'][1]:+.3f})",
             f"{one['helped']:g}/{one['tied']:g}/{one['harmed']:g}",
             "" if chance is None else f"{chance['low']:g} to {chance['high']:g}",
-            f"{one['p_value']:.2g}",
+            f"{one['p_value']:.1g}",
         )
     out.print(versus)
     for line in (summary["reading"], found.claim.sentence, _noise_line(summary)):
