@@ -85,7 +85,9 @@ class World:
         return Clients(self.config, self.experiment.plan, self.experiment.guarantee, self.model, store, KEY)
 
     def strategy(self, clients: Clients, **changes: Any) -> FedpersStrategy:
-        ledger = Ledger.create(self.place() / "ledger.jsonl", rounds._opening(self.experiment, clients))
+        ledger = Ledger.create(
+            self.place() / "ledger.jsonl", rounds._opening(self.experiment, clients, "given in the configuration")
+        )
         given = {"users": self.users, "secret": KEY, **changes}
         return FedpersStrategy(self.config, self.experiment.guarantee, ledger=ledger, **given)
 

@@ -75,7 +75,7 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
     reuse = reuse or Reuse()
     own_plan, local_plan = method_plan(config.method, config), method_plan("local", config)
     check_setup(config, own_plan)  # refusals that need no data come first
-    stock_strategy(config)
+    stock_strategy(config)  # refuses options that it does not take
     key = _json(config, "data", "task", "seed")
     if key not in reuse.federations:
         federation = load(config, seed_key(config.seed))

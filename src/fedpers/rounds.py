@@ -82,9 +82,7 @@ def federate(
     return shared, ledger, history
 
 
-def _opening(
-    experiment: Experiment, clients: Clients, secret: Secret = "given in the configuration"
-) -> Opening:  # by default the more cautious of the two
+def _opening(experiment: Experiment, clients: Clients, secret: Secret) -> Opening:
     config, guarantee = experiment.config, experiment.guarantee
     return Opening(
         unit=guarantee.unit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from fedpers.evaluation.per_user import summarize, users_table, write_table
 from fedpers.experiment import Experiment, Reuse, build_model, prepare
 from fedpers.figures.curve import learning_curve
 from fedpers.figures.gain import per_user_gain
-from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import PERSONAL
 from fedpers.models.adapters import load as load_adapters
 from fedpers.privacy.claim import Claim, claim_from
@@ -108,8 +107,7 @@ def simulate(
         drawn = ", ".join(config.frontier.methods)
         reporter.message(f"no picture: frontier.methods is {drawn}; frontier.methods=[{config.method}] draws this one")
         config = config.model_copy(update={"frontier": None})
-        experiment = prepare(config, reuse)
-    stock_strategy(config)  # refuses options that it does not take
+        experiment = replace(experiment, config=config)
     directory = _open(config, Path(out) if out is not None else _free(Path("runs"), config.name, resume), resume)
     if directory.finished:
         reporter.message(f"{directory.path}: this run is finished already")
