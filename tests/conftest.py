@@ -10,14 +10,36 @@ from typing import Any
 import pytest
 import torch
 
-from fedpers.config import Config, parse_config
+from fedpers.config import TRUSTS, Config, Unit, parse_config
 from fedpers.data.synthetic import TOPICS
+from fedpers.privacy.ledger_lines import ADJACENCIES
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 SECRET = "5ec2e7" + "00" * 29  # a test secret: whoever reads it can subtract the noise, so it protects nobody
+
+
+def opening_fields(unit: Unit, **changes: Any) -> dict[str, Any]:
+    """Fields of a ledger's opening line for a unit with its default trust, Poisson sampling and 100 users."""
+    trust = TRUSTS[unit][0]
+    fields: dict[str, Any] = {
+        "unit": unit,
+        "trust": trust,
+        "adjacency": ADJACENCIES[trust][0],
+        "delta": None if unit == "none" else 1e-5,
+        "population": 100,
+        "protected": 100,
+        "method": "fedavg",
+        "head_policy": "shared",
+        "shared_names": ["adapter.A", "head"],
+        "client_sampling": "poisson",
+        "record_sampling": "poisson",
+        "amplification": {"none": "none", "record": "records", "user": "clients"}[unit],
+        "secret": "kept by the simulator",
+    }
+    return {**fields, **changes}
 
 
 def save_random_tiny_bert(folder: Path, layers: int = 3, width: int = 32, seed: int = 7) -> Path:

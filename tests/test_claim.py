@@ -9,32 +9,27 @@ from typing import Any
 
 import pytest
 
+from conftest import opening_fields
+from fedpers.config import Unit
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
-from fedpers.privacy import claim as claim_module
+from fedpers.privacy import spending
 from fedpers.privacy.accounting import GaussianEvent, epsilon
-from fedpers.privacy.claim import Claim, check_delta, claim_from
-from fedpers.privacy.ledger import ADJACENCY, TRUST, Ledger, Opening, Release, Unit
+from fedpers.privacy.claim import TUNING, Claim, check_delta, claim_from
+from fedpers.privacy.ledger import Ledger
+from fedpers.privacy.ledger_lines import Opening, Release
 
-EXCLUDED = ["metrics that the simulator reads", "choice of hyper-parameters"]
+EXCLUDED = ["metrics that the simulator reads", TUNING]
 DELTA = 1e-5
 
 
 def ledger_of(directory: Path, unit: Unit, releases: list[dict[str, Any]], **changes: Any) -> Ledger:
-    fields: dict[str, Any] = {
-        "unit": unit,
-        "trust": TRUST[unit],
-        "adjacency": ADJACENCY[unit],
-        "delta": None if unit == "none" else DELTA,
+    special = {
         "population": 6,
         "protected": 6,
-        "method": "fedavg",
         "head_policy": "frozen at its public start, tuned after the last release",
         "shared_names": ["adapter"],
-        "client_sampling": "poisson",
-        "record_sampling": "poisson",
-        "secret": "kept by the simulator",
     }
-    ledger = Ledger.create(directory / "ledger.jsonl", Opening(**{**fields, **changes}))
+    ledger = Ledger.create(directory / "ledger.jsonl", Opening(**opening_fields(unit, **{**special, **changes})))
     for number, special in enumerate(releases, start=1):
         noised = special.get("mechanism", "none" if unit == "none" else "gaussian") == "gaussian"
         line: dict[str, Any] = {
@@ -66,7 +61,7 @@ def spent(*events: tuple[float, float, int]) -> float:
 def test_user_level_composes_all_rounds(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path, "user", [{}] * 20)
     made = claim(ledger, 20)
-    assert made.epsilon == claim_module.spent(ledger) == spent((1.0, 0.25, 20))
+    assert made.epsilon == spending.spent(ledger) == spent((1.0, 0.25, 20))
     assert (made.steps, made.rounds, made.q, made.sigma, made.clip) == (20, 20, 0.25, 1.0, 0.5)
     assert made.per_client is None
     assert made.cross_check["prv"] == pytest.approx(made.epsilon, abs=0.02)
@@ -277,9 +272,10 @@ def test_a_rounded_epsilon_still_holds(tmp_path: Path) -> None:
 
 
 def test_a_note_is_added(tmp_path: Path) -> None:
-    made = claim_from(ledger_of(tmp_path, "user", [{}]), expected_rounds=1, excluded=[], population_note="A note.")
+    made = claim_from(
+        ledger_of(tmp_path, "user", [{}]), expected_rounds=1, excluded=[TUNING], population_note="A note."
+    )
     assert "A note." in made.sentence
-    assert "Left out" not in made.sentence
 
 
 # ---------------------------------------------------------------- JSON
@@ -288,7 +284,8 @@ def test_a_note_is_added(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", ["none", "record", "user"])
 @pytest.mark.parametrize("mechanism", ["none", "gaussian"])
 def test_json_round_trip(tmp_path: Path, unit: Unit, mechanism: str) -> None:
-    made = claim(ledger_of(tmp_path, unit, [{"mechanism": mechanism}]))
+    rate = {"sampling_rate": 1.0} if unit == "none" else {}
+    made = claim(ledger_of(tmp_path, unit, [{"mechanism": mechanism, **rate}]))
     text = made.to_json()
     assert Claim.from_json(text) == made
     plain = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

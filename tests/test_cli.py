@@ -122,7 +122,7 @@ BAD_SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "privacy.unit=user"),
     ),
     "fedper with record-level noise": ((*RECORD, "method=fedper"), ("'fedper'", "Three sound ways out")),
-    "unknown method": (("method=fedrap",), ("'fedrap'", "did you mean 'fedrep'", "known: fedavg, ")),
+    "unknown method": (("method=fedrap",), ("'fedrap'", "did you mean 'fedrep'", "known: ditto, fedavg, ")),
     "unknown data": (("data.name=syntetic",), ("'syntetic'", "did you mean 'synthetic'", "known: chitchat")),
     "unknown task": (("task.name=reply-rank",), ("'reply-rank'", "did you mean 'reply-ranking'")),
     "unknown asset": (("model.backbone=all-MiniLM-L6-v3",), ("'all-MiniLM-L6-v3'", "Did you mean all-MiniLM-L6-v2")),
@@ -217,6 +217,7 @@ def test_help_and_methods(fedpers: Command) -> None:
     assert code == 0
     rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if line.startswith("│")]
     assert {name: (adapter, head) for name, adapter, head in rows if name} == {
+        "ditto": ("shared", "shared"),
         "fedavg": ("shared", "shared"),
         "fedavg-finetune": ("shared", "shared"),
         "fedbabu": ("shared", "personal"),

@@ -28,7 +28,6 @@ from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, TrainConfig, parse_config
 from fedpers.errors import AssetError
 from fedpers.experiment import build_model, prepare
-from fedpers.methods.base import PERSONAL
 from fedpers.models import assets
 from fedpers.models.backbone import Backbone, pool
 from fedpers.privacy.randomness import generator, secret_key
@@ -129,7 +128,7 @@ def make_clients(config: Config, folder: Path, **guarantee: Any) -> Clients:
     experiment = prepare(config)
     model = build_model(experiment, Reporter())
     plan = experiment.plan
-    initial = {name: model.initial[name] for name in model.names(plan.groups(PERSONAL))}
+    initial = {name: model.initial[name] for name in model.names(plan.kept)}
     store = PersonalStore(folder / "personal", len(experiment.examples.users), initial)
     return Clients(config, plan, replace(experiment.guarantee, **guarantee), model, store, KEY)
 

@@ -32,7 +32,7 @@ from fedpers.flower import strategy as strategy_module
 from fedpers.flower.client_app import make_client_app
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, stock_strategy
-from fedpers.methods.base import PERSONAL
+from fedpers.privacy import user_level
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import uniforms
 from fedpers.reporting import Reporter
@@ -77,7 +77,7 @@ class World:
         return place
 
     def store(self, directory: Path) -> PersonalStore:
-        names = self.model.names(self.experiment.plan.groups(PERSONAL))
+        names = self.model.names(self.experiment.plan.kept)
         return PersonalStore(directory, len(self.users), {name: self.model.initial[name] for name in names})
 
     def clients(self, store: PersonalStore | None = None) -> Clients:
@@ -85,11 +85,11 @@ class World:
         return Clients(self.config, self.experiment.plan, self.experiment.guarantee, self.model, store, KEY)
 
     def strategy(self, clients: Clients, **changes: Any) -> FedpersStrategy:
-        ledger = Ledger.create(
-            self.place() / "ledger.jsonl", rounds._opening(self.experiment, clients, "given in the configuration")
-        )
+        guarantee = self.experiment.guarantee
+        opening = guarantee.opening(self.config, clients.shared_names, len(self.users), "given in the configuration")
+        ledger = Ledger.create(self.place() / "ledger.jsonl", opening)
         given = {"users": self.users, "secret": KEY, **changes}
-        return FedpersStrategy(self.config, self.experiment.guarantee, ledger=ledger, **given)
+        return FedpersStrategy(self.config, guarantee, ledger=ledger, **given)
 
     def initial(self, clients: Clients) -> ArrayRecord:
         arrays = {name: self.model.initial[name].numpy() for name in clients.shared_names}
@@ -375,7 +375,7 @@ def probe(here: World, monkeypatch: pytest.MonkeyPatch, spoil: Spoil | None = No
     Returns the largest difference between the broadcast models of the two runs, and how much noise made up for user 3
     in each round. If only the noised mean reaches the strategy, no broadcast can tell the runs apart.
     """
-    real = strategy_module.generator
+    real = user_level.generator
     guarantee = here.experiment.guarantee
     deviation = guarantee.noise_multiplier * CLIP
     assert deviation > 0
@@ -399,13 +399,13 @@ def probe(here: World, monkeypatch: pytest.MonkeyPatch, spoil: Spoil | None = No
                 shifts.append(norm(shift))
             return Shifted(real(key, *address), {name: part / deviation for name, part in shift.items()})
 
-        monkeypatch.setattr(strategy_module, "generator", generator)
+        monkeypatch.setattr(user_level, "generator", generator)
         broadcasts: list[Arrays] = []
         strategy.start(
             grid=grid, initial_arrays=here.initial(clients), num_rounds=2,
             evaluate_fn=lambda number, arrays: broadcasts.append(wire.from_record(arrays)),
         )  # fmt: skip
-        monkeypatch.setattr(strategy_module, "generator", real)
+        monkeypatch.setattr(user_level, "generator", real)
         assert [len(replies) for _, replies in grid.seen] == [USERS - len(absent)] * 2
         return broadcasts
 
@@ -720,7 +720,7 @@ def test_a_reply_with_other_names_cannot_be_built(world: Make, monkeypatch: pyte
         return train(number, users, shared) | heads
 
     monkeypatch.setattr(clients, "train_round", generous)
-    with pytest.raises(ValueError, match=r"head\.direction\.weight"):
+    with pytest.raises(PrivacyRefusal, match=r"head\.direction\.weight"):
         here.strategy(clients).start(grid=CohortGrid(clients), initial_arrays=here.initial(clients), num_rounds=1)
 
 
@@ -816,7 +816,7 @@ def test_the_servers_files_hold_nothing_personal(world: Make, tmp_path: Path) ->
     assert all(np.all(np.abs(array - NUMBER) > 1000) for array in arrays.values())
     opening, *lines = map(json.loads, ledger.read_text().splitlines())
     assert opening["shared_names"] == sorted(shared)
-    assert [line["clients"] for line in lines] == [None, None]
+    assert [line["participants"] for line in lines] == ["", ""]
 
 
 # State and ledger
@@ -892,7 +892,8 @@ def test_noise_from_an_address_that_was_used_before_is_not_released(
 ) -> None:
     here = world(method="fedbabu", privacy=privacy)
     road = Road(here, tmp_path / "run")
-    monkeypatch.setattr(strategy_module, "fingerprint", lambda key, *address: "ab" * 32)
+    for module in (strategy_module, user_level):
+        monkeypatch.setattr(module, "fingerprint", lambda key, *address: "ab" * 32)
     with pytest.raises(LedgerError, match="noise key reuse"):
         road.go()
     assert len(Ledger.load(road.directory.ledger).releases) == 1

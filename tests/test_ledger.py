@@ -9,26 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import opening_fields
+from fedpers.config import Unit
 from fedpers.errors import LedgerError, PrivacyRefusal
-from fedpers.privacy.ledger import ADJACENCY, GENESIS, TRUST, Ledger, Opening, Release, Unit, release_hash
+from fedpers.privacy.ledger import GENESIS, Ledger, release_hash
+from fedpers.privacy.ledger_lines import Opening, Release
 
 
 def opening(unit: Unit = "user", **changes: Any) -> Opening:
-    fields: dict[str, Any] = {
-        "unit": unit,
-        "trust": TRUST[unit],
-        "adjacency": ADJACENCY[unit],
-        "delta": None if unit == "none" else 1e-5,
-        "population": 100,
-        "protected": 100,
-        "method": "fedavg",
-        "head_policy": "shared",
-        "shared_names": ["adapter.A", "head"],
-        "client_sampling": "poisson",
-        "record_sampling": "poisson",
-        "secret": "kept by the simulator",
-    }
-    return Opening(**{**fields, **changes})
+    return Opening(**opening_fields(unit, **changes))
 
 
 def release(round_number: int, unit: Unit = "user", **changes: Any) -> Release:
@@ -119,7 +108,7 @@ def changed(value: Any, salt: int) -> Any:
     if isinstance(value, (int, float)):
         return value + 1 + salt
     if isinstance(value, list):
-        return [*value, value[-1]] if value and salt % 2 else []
+        return [*value, value[-1]] if value and salt % 2 else [] if value else [1]
     return 1
 
 
@@ -297,7 +286,8 @@ def test_participants_never_enter_a_user_level_line(path: Path, clients: list[in
     ledger = write(path, 1)
     with pytest.raises(LedgerError, match="who took part"):
         ledger.append(release(2, clients=clients))
-    assert all(json.loads(line)["clients"] is None for line in lines_of(path)[1:])
+    assert not (path.parent / "private").exists()
+    assert all(json.loads(line)["participants"] == "" for line in lines_of(path)[1:])
 
 
 @pytest.mark.parametrize(
@@ -384,3 +374,37 @@ def test_release_hash_depends_on_all_it_names() -> None:
     assert len({release_hash(arrays), *map(release_hash, others)}) == 1 + len(others)
     with pytest.raises(TypeError, match="a holds Python objects"):
         release_hash({"a": np.array([None])})
+
+
+def test_who_took_part_is_committed_to_and_kept_apart(path: Path) -> None:
+    """Elsewhere than where secrecy is credited, the lines hold a salted hash and a private file the lists."""
+    ledger = Ledger.create(path, opening("record"))
+    ledger.append(release(1, "record", clients=[4, 2], salt="a"))
+    ledger.append(release(2, "record", clients=[4, 2], salt="b"))
+    fields = [json.loads(line) for line in lines_of(path)[1:]]
+    assert fields[0]["participants"] != fields[1]["participants"], "without salts equal rounds would show"
+    assert all("clients" not in line and "salt" not in line for line in fields)
+    aside = path.parent / "private" / "participants.jsonl"
+    assert aside.stat().st_mode & 0o077 == 0
+    assert [one.clients for one in Ledger.load(path).releases] == [[2, 4], [2, 4]]
+    whole = aside.read_bytes()
+    aside.write_bytes(whole.replace(b"[2,4]", b"[2,5]", 1))
+    with pytest.raises(LedgerError, match="is not what this line was written for"):
+        Ledger.load(path)
+    aside.write_bytes(whole.splitlines(keepends=True)[0])
+    with pytest.raises(LedgerError, match="does not say who took part in round 2"):
+        Ledger.load(path)
+
+
+def test_a_round_killed_after_its_participants_were_written_is_repeated(path: Path) -> None:
+    ledger = Ledger.create(path, opening("record"))
+    ledger.append(release(1, "record"))
+    aside = path.parent / "private" / "participants.jsonl"
+    whole = aside.read_bytes()
+    aside.write_bytes(whole + whole.replace(b'"round":1', b'"round":2') + b'{"clients":[1')  # and a torn line
+    again = Ledger.rewind(path, 2)
+    with pytest.raises(LedgerError, match="repeated with other clients"):
+        again.append(release(2, "record", clients=[7]))
+    again.append(release(2, "record"))
+    again.append(release(3, "record"))
+    assert [one.clients for one in Ledger.load(path).releases] == [[1, 2]] * 3

@@ -24,7 +24,8 @@ from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy
 from fedpers.methods.base import FROZEN, PERSONAL, SHARED, Method, Phase
-from fedpers.privacy.ledger import Ledger, Opening
+from fedpers.privacy.dataflow import feedback
+from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import secret_key
 from fedpers.registry import find, names
 from fedpers.reporting import Reporter
@@ -43,6 +44,7 @@ FEEDS_BACK = {
     "fedavg-finetune": (),
     "fedbabu": (),
     "local": (),
+    "ditto": (),
 }
 
 
@@ -61,7 +63,7 @@ def tiny(tiny: Tiny) -> Tiny:
 
 def make_clients(experiment: Experiment, folder: Path) -> Clients:
     model = build_model(experiment, Reporter(), REUSE)
-    initial = {name: model.initial[name] for name in model.names(experiment.plan.groups(PERSONAL))}
+    initial = {name: model.initial[name] for name in model.names(experiment.plan.kept)}
     store = PersonalStore(folder / "personal", len(experiment.examples.users), initial)
     clients = Clients(experiment.config, experiment.plan, experiment.guarantee, model, store, KEY)
     clients.examples = experiment.examples
@@ -78,12 +80,7 @@ def server_round(clients: Clients, folder: Path, shared: Arrays, number: int = 1
     folder.mkdir(parents=True)
     ledger = Ledger.create(
         folder / "ledger.jsonl",
-        Opening(
-            unit=guarantee.unit, trust=guarantee.trust, adjacency=guarantee.adjacency, delta=None, population=8,
-            protected=1, method=clients.plan.name, head_policy=guarantee.head_policy,
-            shared_names=list(clients.shared_names), client_sampling="all", record_sampling="all",
-            secret="given in the configuration",
-        ),
+        guarantee.opening(clients.config, clients.shared_names, 8, "given in the configuration"),
     )  # fmt: skip
     strategy = FedpersStrategy(clients.config, guarantee, clients.examples.users, ledger, KEY, first_round=number - 1)
     record = wire.to_record(shared, clients.shared_names)
@@ -117,7 +114,7 @@ def test_only_shared_names_travel_and_personal_groups_stay(tiny: Tiny, tmp_path:
     assert set(clients.shared_names) == expected
     replies = clients.train_round(1, range(8), initial(clients))
     assert set(replies) == expected
-    personal = {array for array, group in model.group.items() if plan.scopes[group] is PERSONAL}
+    personal = {array for array, group in model.group.items() if group in plan.kept}
     assert set(clients.store.arrays) == personal
     trained = {group for phase in plan.round for group in phase.train}
     kept = clients.store.read(range(8))
@@ -149,7 +146,7 @@ def test_personal_state_is_carried_into_the_next_round(tiny: Tiny, tmp_path: Pat
     for array, rows in clients.store.read(range(8)).items():
         assert float((rows - far[array]).abs().max()) < 2.5, "training started somewhere else"
         assert torch.equal(rows[[0, 2, 4, 5, 7]], far[array][[0, 2, 4, 5, 7]]), "a user who was not asked changed"
-    for array in replies if experiment.plan.feedback else ():
+    for array in replies if feedback(experiment.plan) else ():
         assert moved(replies, others, [array]) > 1e-6
 
 
@@ -329,7 +326,7 @@ def test_fedavg_and_its_finetuned_form_share_the_same_rounds(tiny: Tiny, tmp_pat
 
 @pytest.mark.parametrize("name", sorted(FEEDS_BACK))
 def test_feedback_is_read_off_the_table(tiny: Tiny, name: str) -> None:
-    assert method_plan(name, tiny(method=name)).feedback == FEEDS_BACK[name]
+    assert feedback(method_plan(name, tiny(method=name))) == FEEDS_BACK[name]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -338,7 +335,7 @@ def test_the_verdict_follows_from_what_moves_in_a_round(tiny: Tiny, name: str) -
     made = method_plan(name, tiny(method=name))
     moves = {group for phase in made.round for group in phase.train}
     expected = {group for group in moves if made.scopes[group] == "personal"} if made.shared else set()
-    assert set(made.feedback) == expected
+    assert set(feedback(made)) == expected
 
 
 @pytest.mark.parametrize("name", sorted(name for name, groups in FEEDS_BACK.items() if groups))
@@ -376,10 +373,10 @@ BABU = {"adapter": SHARED, "head": PERSONAL}
     [
         ({"adapter": SHARED}, [Phase("adapter")], [], "scopes must name exactly the groups adapter, head"),
         ({**BABU, "norm": FROZEN}, [Phase("adapter")], [], "scopes must name exactly the groups adapter, head"),
-        (BABU, [Phase("adapter"), Phase("tail")], [], "round[1] = Phase('tail',) trains the unknown group 'tail'"),
-        (BABU, [Phase("adapter")], [Phase("hed")], "finish[0] = Phase('hed',) trains the unknown group 'hed'"),
+        (BABU, [Phase("adapter"), Phase("tail")], [], "round[1] = Phase('tail') trains the unknown group 'tail'"),
+        (BABU, [Phase("adapter")], [Phase("hed")], "finish[0] = Phase('hed') trains the unknown group 'hed'"),
         ({**BABU, "head": FROZEN}, [Phase("adapter", "head")], [], "round[0] = Phase('adapter', 'head') trains 'head'"),
-        ({**BABU, "head": FROZEN}, [Phase("adapter")], [Phase("head")], "finish[0] = Phase('head',) trains 'head'"),
+        ({**BABU, "head": FROZEN}, [Phase("adapter")], [Phase("head")], "finish[0] = Phase('head') trains 'head'"),
         (BABU, [Phase("head")], [Phase("adapter")], "'adapter' is shared but no round phase trains it"),
         (BABU, [Phase("adapter"), Phase()], [], "round[1] = Phase() trains nothing"),
     ],
@@ -442,7 +439,7 @@ def test_personal_groups_say_what_is_tuned_at_home(
     assert phases(found.finish) == finish
     assert found.personal == personal
     assert found.shared == ("adapter", "head"), "tuning at home takes nothing from what is shared"
-    assert found.feedback == ()
+    assert feedback(found) == ()
     assert phases(found.round) == [("adapter", "head")]
     assert phases(method_plan("local", tiny(personal={"groups": groups})).finish) == finish
     # The rounds of a method that trains personal groups in them do not depend on it.
@@ -470,5 +467,5 @@ def test_a_method_says_in_its_docstring_where_it_is_from(name: str) -> None:
 
 
 def test_a_phase_at_home_that_the_configuration_empties_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match=r"personal\.groups=adapter: leaves nothing of Phase\('head',\).*=head"):
+    with pytest.raises(ConfigError, match=r"personal\.groups=adapter: leaves nothing of Phase\('head'\).*=head"):
         method_plan("fedbabu", tiny(method="fedbabu", personal={"groups": "adapter"}))

@@ -423,6 +423,7 @@ def test_clipping_without_noise_is_not_drawn_as_no_privacy(
     outcome: Any = (
         SimpleNamespace(epsilon=np.inf, trust="none"),
         {"metrics": dict.fromkeys(("own", "global", "local", "zero_shot"), metric)},
+        None,
     )
     for clip, expected in ((1.0, ["fedbabu-eps-inf"]), (None, [])):
         config = tiny(

@@ -28,11 +28,13 @@ from fedpers.experiment import Experiment, Reuse, build_model, method_plan, prep
 from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
-from fedpers.methods.base import PERSONAL, Plan
-from fedpers.privacy.guarantee import check_setup
-from fedpers.privacy.ledger import Ledger, Opening
+from fedpers.methods.base import Plan
+from fedpers.privacy.dataflow import feedback
+from fedpers.privacy.ledger import Ledger
+from fedpers.privacy.ledger_lines import Opening
 from fedpers.privacy.mechanisms import clip_update
 from fedpers.privacy.randomness import generator, secret_key, seed_key, uniforms
+from fedpers.privacy.refusals import check_setup
 from fedpers.registry import names
 from fedpers.reporting import Reporter
 from fedpers.tasks.base import Examples
@@ -71,7 +73,7 @@ def make_clients(
     """Clients as a run makes them; `guarantee` overrides single fields of what was resolved."""
     plan = plan or experiment.plan
     model = build_model(experiment, Reporter(), reuse)
-    initial = {name: model.initial[name] for name in model.names(plan.groups(PERSONAL))}
+    initial = {name: model.initial[name] for name in model.names(plan.kept)}
     store = PersonalStore(folder, len(experiment.examples.users), initial)
     guard = replace(experiment.guarantee, **guarantee)
     clients = Clients(experiment.config, plan, guard, model, store, KEY)
@@ -208,7 +210,7 @@ def test_every_method_that_is_accepted_at_record_level_keeps_the_bound(tiny: Tin
     clip = 0.05
     config = tiny(method=method, privacy={**RECORD, "clip": clip}, personal={"groups": "adapter+head"})
     plan = method_plan(method, config)
-    if plan.feedback:
+    if feedback(plan):
         with pytest.raises(PrivacyRefusal):
             check_setup(config, plan)
         return
@@ -363,13 +365,7 @@ class World:
 
 
 def opening(clients: Clients) -> Opening:
-    guarantee = clients.guarantee
-    return Opening(
-        unit=guarantee.unit, trust=guarantee.trust, adjacency=guarantee.adjacency, delta=guarantee.delta,
-        population=8, protected=8, method=clients.plan.name, head_policy=guarantee.head_policy,
-        shared_names=list(clients.shared_names), client_sampling="poisson", record_sampling="all",
-        secret="given in the configuration",
-    )  # fmt: skip
+    return clients.guarantee.opening(clients.config, clients.shared_names, 8, "given in the configuration")
 
 
 def user_level(tiny: Tiny, **changed: Any) -> Experiment:

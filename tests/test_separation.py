@@ -18,9 +18,10 @@ from fedpers.errors import ConfigError, DataError, PrivacyRefusal, RunDirectoryE
 from fedpers.experiment import build_model, prepare
 from fedpers.methods import PERSONAL, SHARED, Method, Phase
 from fedpers.models.backbone import Backbone
-from fedpers.privacy.claim import Claim, composed
+from fedpers.privacy.claim import Claim
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import derive, run_keys, seed_key
+from fedpers.privacy.spending import composed
 from fedpers.reporting import Reporter
 from fedpers.run_directory import export_public
 from fedpers.simulation import simulate

@@ -145,7 +145,8 @@ def _print_run(found: Any) -> None:
             f"{one['p_value']:.1g}",
         )
     out.print(versus)
-    for line in (summary["reading"], found.claim.sentence, _noise_line(summary)):
+    forecast = found.forecast.sentence if found.forecast else ""
+    for line in (summary["reading"], found.claim.sentence, forecast, _noise_line(summary)):
         if line:
             out.print(line + "\n", highlight=False, markup=False)
     for path in sorted((found.path / "figures").glob("*.png")):

@@ -126,14 +126,44 @@ Epsilon = Annotated[
 ]
 
 
-class PrivacyConfig(Section):
-    """What is protected, and how strongly."""
+Unit = Literal["none", "record", "user"]
+Trust = Literal["none", "record-local", "user-central", "user-distributed", "user-local"]
+HeadPolicy = Literal["method", "frozen", "joint", "split", "split-dp"]
+TRUSTS: dict[Unit, tuple[Trust, ...]] = {  # the first is the default
+    "none": ("none",),
+    "record": ("record-local",),
+    "user": ("user-central", "user-distributed", "user-local"),
+}
 
-    unit: Literal["none", "record", "user"] = "none"
+
+class AdaptiveClipConfig(Section):
+    """Adaptive clipping at user level (Andrew et al., NeurIPS 2021): the clip follows a quantile of update norms."""
+
+    quantile: float = Field(0.5, gt=0, lt=1)  # share of updates that should lie within the clip
+    rate: Positive = 0.2  # step of the geometric update
+    bit_noise: Positive | None = None  # noise deviation on the sum of bits; by default a twentieth of the cohort
+
+
+class PrivacyConfig(Section):
+    """What is protected, how strongly, and who is trusted."""
+
+    unit: Unit = "none"
+    trust: Trust | None = None  # by default record-local, or user-central
     epsilon: Epsilon = math.inf
     delta: float = Field(1e-5, gt=0, lt=1)
     clip: Positive | None = None  # L2 bound on one record's gradient or one user's update
+    clipping: Literal["flat", "per-layer"] = "flat"  # per-layer: each array to clip/sqrt(arrays), the same joint bound
+    adaptive: AdaptiveClipConfig | None = None  # user-central: clip is then the first round's
+    head: HeadPolicy = "method"  # what is done about personal groups that move in the rounds
     record_rate: Rate = 0.25  # Poisson rate of records in a local DP-SGD step
+    mechanism: Literal["gaussian", "banded"] = "gaussian"  # banded: correlated noise, no sampling amplification
+    bands: int | None = Field(None, ge=2)  # of the banded noise; by default the rounds between a client's turns
+    honest: Rate = 0.9  # user-distributed: share of a round's clients whose noise has to be enough
+    noise_multiplier: Positive | None = None  # given, it is used as it is; by default calibrated to epsilon
+    stop: Literal["rounds", "budget"] = "rounds"  # budget: end before the ledger would pass epsilon
+    schedule: Literal["constant", "signal"] = "constant"  # signal: less noise when releases hold little but noise
+    population: int | None = Field(None, ge=1)  # forecast: what so many registered users would get
+    accountant: Literal["pld", "rdp", "prv", "gdp"] = "pld"
     secret: str | None = Field(None, repr=False)
 
     @model_validator(mode="after")
@@ -146,7 +176,19 @@ class PrivacyConfig(Section):
             )
         if self.unit != "none" and self.clip is None:
             raise ValueError(f"unit={self.unit} needs clip, the L2 bound on one {self.unit}'s contribution")
+        if self.trust is not None and self.trust not in TRUSTS[self.unit]:
+            raise ValueError(f"trust={self.trust} does not go with unit={self.unit}; {self._choices()}")
+        if self.stop == "budget" and math.isinf(self.epsilon):
+            raise ValueError("stop=budget needs a finite epsilon, the budget to stop at")
         return self
+
+    def _choices(self) -> str:
+        return f"unit={self.unit} allows {' or '.join(TRUSTS[self.unit])}"
+
+    @property
+    def trusted(self) -> Trust:
+        """The trust model, with the unit's default where none is given."""
+        return self.trust or TRUSTS[self.unit][0]
 
 
 class EngineConfig(Section):
@@ -183,7 +225,9 @@ class Config(Section):
         "head",
     )  # groups that may be shared; a group that the method would share and is not listed is frozen
     rounds: int = Field(10, ge=0)
-    client_rate: Rate = 1.0  # each client takes part in a round with this probability, independently (Poisson)
+    client_rate: Rate = 1.0  # share of the clients in a round
+    # poisson: each independently with this probability; fixed: so many, drawn; cyclic: in turn, in a public order
+    client_sampling: Literal["poisson", "fixed", "cyclic"] = "poisson"
     data: DataConfig = DataConfig()
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()

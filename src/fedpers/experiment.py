@@ -18,14 +18,13 @@ from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import Method, Plan, plan
 from fedpers.models import adapters
 from fedpers.models.backbone import Backbone
-from fedpers.privacy.guarantee import Guarantee, check_setup, resolve
+from fedpers.privacy.claim import METRICS, TUNING
+from fedpers.privacy.guarantee import Guarantee, resolve
 from fedpers.privacy.randomness import seed_key
+from fedpers.privacy.refusals import check_setup
 from fedpers.registry import find
 from fedpers.reporting import Reporter
 from fedpers.tasks.base import Examples, Task
-
-TUNING = "the choice of hyper-parameters, as far as it was made by looking at these people"
-METRICS = "the metrics and figures of this run, which the simulator measures without noise"
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,20 @@ from fedpers.config import Config
 from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.experiment import Experiment
 from fedpers.figures.frontier import FrontierCell, frontier
-from fedpers.privacy.claim import Claim, composed, rounded_up
+from fedpers.privacy.claim import Claim, rounded_up
+from fedpers.privacy.forecast import Forecast
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import derive, secret_key
+from fedpers.privacy.spending import composed
 
-Outcome = tuple[Claim, dict[str, Any]]  # a run's claim and its summary (or the part of it that `summarize` makes)
+# a run's claim, its summary (or the part of it that `summarize` makes), and the forecast if one was asked for
+Outcome = tuple[Claim, dict[str, Any], Forecast | None]
+
+
+_NOISE_OFF = {  # what says how noise is used; a cell without privacy has none
+    "adaptive": None, "mechanism": "gaussian", "noise_multiplier": None, "stop": "rounds", "schedule": "constant",
+    "population": None, "head": "method",
+}  # fmt: skip
 
 
 def cells(config: Config) -> dict[str, Config]:
@@ -32,7 +41,7 @@ def cells(config: Config) -> dict[str, Config]:
             name = f"{method}-eps-{'inf' if math.isinf(epsilon) else format(epsilon, 'g')}"
             private: dict[str, Any] = {"epsilon": epsilon}
             if math.isinf(epsilon):
-                private |= {"unit": "none", "clip": None}
+                private |= {"unit": "none", "trust": None, "clip": None, **_NOISE_OFF}
             elif config.privacy.unit == "none":
                 raise ConfigError(
                     "frontier.epsilons: finite values need privacy.unit record or user, and privacy.clip."
@@ -74,7 +83,7 @@ def draw(
     Args:
         config: the main run's configuration.
         path: the main run's directory.
-        main: its claim and results.
+        main: its claim, results and forecast.
         refused: cells that must not run.
         run: runs a cell's configuration in a directory, or continues it.
     """
@@ -83,18 +92,19 @@ def draw(
         if name in refused:
             continue
         if _setup(cell) == _setup(config):
-            claim, result = main
+            claim, result, forecast = main
         else:
             ran.append(path / "frontier" / name)
-            claim, result = run(cell, ran[-1])
+            claim, result, forecast = run(cell, ran[-1])
         metrics = result["metrics"]
         drawn.append(
             FrontierCell(
                 method=cell.method,
-                epsilon=claim.epsilon,
+                epsilon=claim.epsilon if forecast is None else forecast.epsilon,
                 delta=config.privacy.delta,
                 unit=config.privacy.unit,
                 label=f"trust: {claim.trust}",
+                forecast=None if forecast is None else f"forecast for {forecast.population:,} users",
                 own=_range(metrics["own"]),
                 global_=_range(metrics["global"]),
                 local=_range(metrics["local"]),

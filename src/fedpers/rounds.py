@@ -17,8 +17,8 @@ from fedpers.experiment import Experiment
 from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
-from fedpers.privacy.claim import spent
-from fedpers.privacy.ledger import Ledger, Opening, Secret
+from fedpers.privacy.ledger import Ledger
+from fedpers.privacy.spending import BudgetSpent, spent
 from fedpers.reporting import Reporter
 from fedpers.run_directory import Checkpoint, RunDirectory
 
@@ -32,6 +32,7 @@ def federate(
     config, model = experiment.config, clients.model
     done = directory.recover(clients.store)
     history = list(done.history) if done else []
+    users = experiment.examples.users
     shared: Arrays = {name: model.initial[name].numpy() for name in clients.shared_names}
     if done is not None:
         shared = done.shared
@@ -39,9 +40,9 @@ def federate(
     elif directory.has_ledger():
         ledger = Ledger.rewind(directory.ledger, 1)
     else:
-        ledger = Ledger.create(directory.ledger, _opening(experiment, clients, directory.secret_origin()))
+        opening = experiment.guarantee.opening(config, clients.shared_names, len(users), directory.secret_origin())
+        ledger = Ledger.create(directory.ledger, opening)
     rounds = config.rounds if clients.shared_names else 0
-    users = experiment.examples.users
     strategy = FedpersStrategy(
         config, experiment.guarantee, users, ledger, server_key, first_round=len(history)
     )  # fmt: skip
@@ -75,29 +76,14 @@ def federate(
     if len(history) < rounds:
         logging.getLogger("flwr").setLevel(logging.ERROR)
         initial = wire.to_record(shared, clients.shared_names)
-        strategy.start(
-            CohortGrid(clients), initial, num_rounds=rounds - len(history), train_config=ConfigRecord(),
-            evaluate_fn=after_round,
-        )  # fmt: skip
+        try:
+            strategy.start(
+                CohortGrid(clients), initial, num_rounds=rounds - len(history), train_config=ConfigRecord(),
+                evaluate_fn=after_round,
+            )  # fmt: skip
+        except BudgetSpent:
+            reporter.message(f"the budget is spent after {len(history)} of {rounds} rounds")
     return shared, ledger, history
-
-
-def _opening(experiment: Experiment, clients: Clients, secret: Secret) -> Opening:
-    config, guarantee = experiment.config, experiment.guarantee
-    return Opening(
-        unit=guarantee.unit,
-        trust=guarantee.trust,
-        adjacency=guarantee.adjacency,
-        delta=None if guarantee.unit == "none" else guarantee.delta,
-        population=len(experiment.examples.users),
-        protected=guarantee.protected,
-        method=config.method,
-        head_policy=guarantee.head_policy,
-        shared_names=list(clients.shared_names),
-        client_sampling="all" if config.client_rate == 1 else "poisson",
-        record_sampling="poisson" if guarantee.unit == "record" and guarantee.rate < 1 else "all",
-        secret=secret,
-    )
 
 
 def _row(number: int, clients: Clients, report: RoundReport, epsilon: float) -> dict[str, Any]:
@@ -127,7 +113,7 @@ def _measure(experiment: Experiment, clients: Clients, shared: Arrays) -> dict[s
     """Mean accuracy over users of the shared model and, if personal state moves in the rounds, of the users' own."""
     users = range(len(experiment.examples.users))
     kinds = {"global": evaluation.common(clients.model, shared, "shared")}
-    if experiment.plan.feedback:
+    if experiment.plan.moves_personal_state:
         kinds["own"] = evaluation.own(clients.model, shared, clients.store, experiment.plan)
     found = evaluation.measure(clients.model, users, kinds)
     return {

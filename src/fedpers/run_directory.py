@@ -29,13 +29,15 @@ from fedpers.cohort.personal_store import Changes, PersonalStore
 from fedpers.config import Config, dump_config
 from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpers.models.backbone import public_name
-from fedpers.privacy.ledger import Ledger, Secret
+from fedpers.privacy.ledger import Ledger
+from fedpers.privacy.ledger_lines import Secret
 from fedpers.privacy.randomness import secret_key
 
 PUBLIC = (
     "config.yaml",
     "environment.json",
     "claim.json",
+    "forecast.json",
     "ledger.jsonl",
     "adapters/shared/adapter_config.json",
     "adapters/shared/adapter_model.safetensors",

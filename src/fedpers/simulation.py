@@ -24,9 +24,9 @@ from fedpers.evaluation.per_user import summarize, users_table, write_table
 from fedpers.experiment import Experiment, Reuse, build_model, prepare
 from fedpers.figures.curve import learning_curve
 from fedpers.figures.gain import per_user_gain
-from fedpers.methods.base import PERSONAL
 from fedpers.models.adapters import load as load_adapters
 from fedpers.privacy.claim import Claim, claim_from
+from fedpers.privacy.forecast import Forecast, forecast_from
 from fedpers.privacy.randomness import run_keys
 from fedpers.reporting import Reporter
 from fedpers.rounds import federate
@@ -61,6 +61,7 @@ class Run:
     config: Config
     claim: Claim
     summary: dict[str, Any]
+    forecast: Forecast | None = None  # of a larger federation; never this run's guarantee
 
     @property
     def users(self) -> pa.Table:
@@ -118,13 +119,13 @@ def simulate(
     if not directory.started:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
     users = range(len(experiment.examples.users))
-    store = PersonalStore(directory.private / "rounds", len(users), _initial(model, experiment.plan.groups(PERSONAL)))
+    store = PersonalStore(directory.private / "rounds", len(users), _initial(model, experiment.plan.kept))
     server_key, clients_key = run_keys(directory.secret(), result_text(config))
     clients = Clients(config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
     shared, ledger, history = federate(experiment, clients, directory, server_key, reporter)
     excluded = experiment.excluded
-    claim = claim_from(ledger, expected_rounds=len(history), excluded=excluded)
+    claim, forecast = claim_from(ledger, expected_rounds=len(history), excluded=excluded), forecast_from(ledger)
     kinds = _train_at_home(experiment, clients, shared, directory, reporter)
     found = evaluation.measure(model, users, kinds)
 
@@ -141,27 +142,32 @@ def simulate(
     per_user_gain(table, label, directory.figures, against="global" if experiment.plan.personal else "zero_shot")
     if config.frontier is not None:
         cells = frontier.draw(
-            config, directory.path, (claim, result), refused, lambda cell, place: _cell(cell, place, reporter, reuse)
+            config, directory.path, (claim, result, forecast), refused,
+            lambda cell, place: _cell(cell, place, reporter, reuse),
         )  # fmt: skip
         excluded = [*excluded, *frontier.further_runs(ledger, cells)]
         claim = claim_from(ledger, expected_rounds=len(history), excluded=excluded)
     directory.write_text("claim.json", claim.to_json())
+    if forecast is not None:
+        directory.write_text("forecast.json", forecast.to_json())
     directory.note_time("run", time.monotonic() - began)
     summary = _summary(experiment, claim, result, history, directory.seconds())
     directory.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
-    return Run(directory.path, config, claim, summary)
+    return Run(directory.path, config, claim, summary, forecast)
 
 
 def load(path: Path, config: Config) -> Run:
     """Read a finished run."""
     claim = Claim.from_json((path / "claim.json").read_text(encoding="utf-8"))
-    return Run(path, config, claim, json.loads((path / "summary.json").read_text(encoding="utf-8")))
+    supposed = path / "forecast.json"
+    forecast = Forecast.from_json(supposed.read_text(encoding="utf-8")) if supposed.exists() else None
+    return Run(path, config, claim, json.loads((path / "summary.json").read_text(encoding="utf-8")), forecast)
 
 
 def _cell(config: Config, path: Path, reporter: Reporter, reuse: Reuse) -> frontier.Outcome:
     reporter.message(f"frontier: {path.name}")
     cell = simulate(config, path, resume=True, reporter=reporter, reuse=reuse)
-    return cell.claim, cell.summary
+    return cell.claim, cell.summary, cell.forecast
 
 
 def _train_at_home(

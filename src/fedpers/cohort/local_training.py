@@ -26,6 +26,7 @@ class RecordProtection:
     noise_multiplier: float  # noise deviation over clip; 0 clips without noise
     lot_size: float  # public divisor of every sum
     noise: Noise
+    per_layer: bool = False  # clip each trained array to clip/sqrt(arrays) instead: the same joint bound
 
 
 @dataclass
@@ -150,6 +151,7 @@ def _opacus(
             max_grad_norm=protection.clip,
             lot_size=protection.lot_size,
             noise=protection.noise,
+            per_layer=protection.per_layer,
         )
     finally:
         hooks.cleanup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,28 +31,36 @@ class CohortDPOptimizer(DPOptimizer):  # type: ignore[misc]
         max_grad_norm: float,
         lot_size: float,
         noise: Noise,
+        per_layer: bool = False,
     ) -> None:
         super().__init__(
             optimizer, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, expected_batch_size=None,
             loss_reduction="sum",
         )  # fmt: skip
-        self.owners, self.lot_size, self.noise = owners, lot_size, noise
+        self.owners, self.lot_size, self.noise, self.per_layer = owners, lot_size, noise, per_layer
         self.steps = 0
         self.records = self.clipped = self.nonfinite = 0  # for the simulator's eyes
 
     def clip_and_accumulate(self) -> None:
-        """Clip each record's joint gradient to `max_grad_norm` and add it to its owner's sum.
+        """Clip each record's gradient to `max_grad_norm` and add it to its owner's sum.
+
+        With `per_layer` every array is clipped by itself to max_grad_norm / sqrt(arrays), so the joint norm keeps the
+        bound (McMahan et al., ICLR 2018, per-layer clipping).
 
         A record whose gradient is not finite counts as zero: a rule that looks at this record alone.
         """
         samples = self.grad_samples
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in samples], dim=1).norm(dim=1)
+        layers = torch.stack([g.flatten(1).norm(dim=1) for g in samples], dim=1)  # (records, arrays)
+        norms = layers.norm(dim=1)
         finite = torch.isfinite(norms)
-        factor = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        lengths, bound = norms[:, None].expand_as(layers), self.max_grad_norm
+        if self.per_layer:
+            lengths, bound = layers, self.max_grad_norm / math.sqrt(len(samples))
+        factors = (bound / (lengths + 1e-6)).clamp(max=1.0)
         self.records += len(norms)
-        self.clipped += int((factor[finite] < 1.0).sum())
+        self.clipped += int((factors[finite] < 1.0).any(dim=1).sum())
         self.nonfinite += int((~finite).sum())
-        for parameter, sample in zip(self.params, samples, strict=True):
+        for parameter, sample, factor in zip(self.params, samples, factors.unbind(dim=1), strict=True):
             kept = torch.where(finite[:, None, None], sample * factor[:, None, None], 0.0)
             if parameter.summed_grad is None:
                 parameter.summed_grad = torch.zeros_like(parameter)

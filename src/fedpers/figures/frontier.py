@@ -21,7 +21,8 @@ class FrontierCell:
     """One method at one privacy level, from the claim and the users tables of its runs.
 
     `epsilon` may be infinite (no privacy); `delta` and `unit` ("record", "user") belong to it. `label` is the wording
-    of the claim. `own`, `global_` and `local` are (mean, low, high) of the metric over users; `zero_shot` is a mean.
+    of the claim. With `forecast` the epsilon is that of a larger federation, worded so and drawn dashed. `own`,
+    `global_` and `local` are (mean, low, high) of the metric over users; `zero_shot` is a mean.
     """
 
     method: str
@@ -33,6 +34,7 @@ class FrontierCell:
     global_: MeanRange
     local: MeanRange
     zero_shot: float
+    forecast: str | None = None
 
 
 @style()
@@ -116,7 +118,8 @@ def _draw_method(
             yerr=np.maximum([mean - low, high - mean], 0.0),
             color=look.color,
             marker=look.marker,
-            linestyle=look.line if personal else (0, (4, 3)),
+            # dashed for what is shared, and for every forecast
+            linestyle=look.line if personal and not any(cell.forecast for cell in cells) else (0, (4, 3)),
             linewidth=1.9 if personal else 0.9,
             elinewidth=1.3 if personal else 0.7,
             markersize=6 if personal else 4.5,
@@ -132,6 +135,9 @@ def _axis_label(private: Sequence[FrontierCell]) -> str:
         return "ε"
     deltas = ", ".join(f"{delta:g}" for delta in sorted({cell.delta for cell in private}))
     label = f"ε per {private[0].unit}, δ = {deltas} (log scale; smaller is more private)"
+    forecasts = sorted({cell.forecast for cell in private if cell.forecast})
+    if forecasts:
+        label += f"\n{', '.join(forecasts)}: no guarantee for the users of these runs"
     wordings = {cell.label for cell in private}
     # Wordings that carry each cell's own epsilon would repeat the axis; a common one adds the adversary.
     return f"{label}\n{wrap(wordings.pop())}" if len(wordings) == 1 else label

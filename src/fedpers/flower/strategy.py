@@ -7,7 +7,7 @@ empty cohort too; the stock strategy then receives one synthetic reply with the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flwr.serverapp.strategy as stock
@@ -18,14 +18,18 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedpers.config import Config
-from fedpers.errors import ConfigError
+from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.flower import messages as wire
 from fedpers.models.adapters import group_of
 from fedpers.privacy.guarantee import Guarantee
-from fedpers.privacy.ledger import Ledger, Release, release_hash
-from fedpers.privacy.mechanisms import gaussian_mean
-from fedpers.privacy.randomness import fingerprint, generator, uniforms
+from fedpers.privacy.ledger import Ledger, release_hash
+from fedpers.privacy.ledger_lines import Release
+from fedpers.privacy.randomness import derive, fingerprint
+from fedpers.privacy.sampling import draw
+from fedpers.privacy.spending import check_budget
+from fedpers.privacy.user_level import UserLevelServer
 
+_OWN = "fedpers"  # of our own state among the stock strategy's, in a checkpoint
 Arrays = dict[str, NDArray[np.float32]]
 
 
@@ -83,15 +87,22 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         self.report: RoundReport | None = None
         self._secret = secret
         self._broadcast: Arrays = {}
+        self._user_level: UserLevelServer | None = None
+        self._restored: dict[str, NDArray[Any]] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send the shared arrays to a Poisson sample of the users."""
+        """Send the shared arrays to the round's sample of the users.
+
+        Raises:
+            BudgetSpent: the round would pass the budget (`privacy.stop`, or a filter); nothing is sent.
+        """
         number = self.done + server_round
-        coins = uniforms(self._secret, ("clients", number), self.users)[:, 0]
-        nodes = [wire.FIRST_NODE + int(user) for user in np.flatnonzero(coins < self.config.client_rate)]
+        drawn = draw(self.config.client_sampling, self.config.client_rate, self.users, self._secret, number)
         self._broadcast = wire.from_record(arrays)
+        check_budget(self.ledger, self._planned(number, drawn.tolist()), self.guarantee.budget)
+        nodes = [wire.FIRST_NODE + int(user) for user in drawn]
         self._sampled = nodes
         messages: list[Message] = list(self.inner.configure_train(number, arrays, config, _Sampled(grid, nodes)))
         return messages
@@ -104,14 +115,14 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         # One reply of each node that was asked: a second one would count beyond the clip. A failure is no update.
         answered = {message.metadata.src_node_id: message for message in replies if message.has_content()}
         listed = [answered[node] for node in self._sampled if node in answered]
-        nodes = [message.metadata.src_node_id for message in listed]
-        received = [wire.from_record(wire.arrays_of(message)) for message in listed]
+        participants = [message.metadata.src_node_id - wire.FIRST_NODE for message in listed]
+        received = [wire.shared_of(message, self._broadcast) for message in listed]
         size = wire.nbytes(self._broadcast)
         self.report = RoundReport(len(listed), bytes_up=size * len(listed), bytes_down=size * len(self._sampled))
-        if self.guarantee.clips_updates:
-            listed = [self._synthetic_reply(number, nodes, received)]
+        if self.guarantee.server_sums:
+            listed = [self._synthetic_reply(number, participants, received)]
         else:
-            self._record(number, nodes, received)
+            self._record(number, participants, received)
         if not listed:
             return None, None
         arrays, metrics = self.inner.aggregate_train(number, listed)
@@ -120,73 +131,75 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         # Stock optimizers may compute in fp64; what is broadcast is fp32.
         return wire.to_record(wire.from_record(arrays), sorted(self._broadcast)), metrics
 
-    def _record(self, number: int, nodes: Sequence[int], received: Sequence[Arrays]) -> None:
-        """Enter replies that were protected by the clients themselves, or not at all."""
-        protected = self.guarantee.unit == "record" and self.guarantee.noise_multiplier > 0
-        sent = {
-            f"{node}/{name}": array for node, one in zip(nodes, received, strict=True) for name, array in one.items()
-        }
-        self.ledger.append(
-            Release(
-                round=number,
-                mechanism="gaussian" if protected else "none",
-                noise_multiplier=self.guarantee.noise_multiplier,
-                clip=self.guarantee.clip,
-                sampling_rate=self.guarantee.rate,
-                steps=max(1, self.guarantee.releases // self.config.rounds),
-                clients=[node - wire.FIRST_NODE for node in nodes],
-                # The clients draw with a key that the server lacks; this only tells their rounds apart.
-                noise_address=fingerprint(self._secret, "round", number) if protected else "",
-                release_hash=release_hash(sent),
-            )
+    def _planned(self, number: int, participants: Sequence[int]) -> Release:
+        """Return the round's ledger line, but for what is released."""
+        if self.guarantee.server_sums:
+            return self._server().planned(number, participants)
+        noised = self.guarantee.noise_multiplier > 0
+        steps, head_steps = self.guarantee.phase_steps if self.guarantee.unit == "record" else (1, 0)
+        return Release(
+            round=number,
+            mechanism="gaussian" if noised else "none",
+            noise_multiplier=self.guarantee.noise_multiplier,
+            clip=self.guarantee.clip,
+            sampling_rate=self.guarantee.rate,
+            steps=steps,
+            head_steps=head_steps,
+            clients=list(participants),
+            salt=derive(self._secret, "participants", number).hex(),
+            # The clients draw with a key that the server lacks; this only tells their rounds apart.
+            noise_address=fingerprint(self._secret, "round", number) if noised else "",
+            release_hash="0" * 64,
         )
 
-    def _synthetic_reply(self, number: int, nodes: Sequence[int], received: Sequence[Arrays]) -> Message:
+    def _record(self, number: int, participants: Sequence[int], received: Sequence[Arrays]) -> None:
+        """Enter replies that were protected by the clients themselves, or not at all."""
+        sent = {
+            f"{wire.FIRST_NODE + user}/{name}": array
+            for user, one in zip(participants, received, strict=True)
+            for name, array in one.items()
+        }
+        line = self._planned(number, participants)
+        self.ledger.append(line.model_copy(update={"release_hash": release_hash(sent)}))
+
+    def _synthetic_reply(self, number: int, participants: Sequence[int], received: Sequence[Arrays]) -> Message:
         """Clip, sum, add noise, divide; the result looks to the stock strategy like one client's reply."""
-        assert self.guarantee.clip is not None
-        updates = [{name: one[name] - self._broadcast[name] for name in self._broadcast} for one in received]
-        address = ("user-noise", number)
-        found = gaussian_mean(
-            updates,
-            {name: array.shape for name, array in self._broadcast.items()},
-            group_of,
-            clip=self.guarantee.clip,
-            noise_multiplier=self.guarantee.noise_multiplier,
-            denominator=self.guarantee.denominator,
-            rng=generator(self._secret, *address),
-        )
-        noised = self.guarantee.noise_multiplier > 0
-        private = self.guarantee.unit == "user"
-        self.ledger.append(
-            Release(
-                round=number,
-                mechanism="gaussian" if noised else "none",
-                noise_multiplier=self.guarantee.noise_multiplier,
-                clip=self.guarantee.clip,
-                sampling_rate=self.guarantee.rate,
-                steps=1,
-                # Who took part amplifies only while it is secret, so it is not written down.
-                clients=None if private else [node - wire.FIRST_NODE for node in nodes],
-                noise_address=fingerprint(self._secret, *address) if noised else "",
-                release_hash=release_hash(found.mean),
+        honest = self.guarantee.honest
+        if honest is not None and len(participants) < honest:
+            raise PrivacyRefusal(
+                f"round {number}: {len(participants)} clients answered, fewer than the {honest} whose noise shares "
+                "have to be enough, so their sum is not opened; lower privacy.honest in a new run."
             )
-        )
+        server = self._server()
+        updates = [{name: one[name] - self._broadcast[name] for name in self._broadcast} for one in received]
+        line = server.planned(number, participants)
+        found = server.mean(number, updates)
+        fraction = server.advance(number, found)
+        released = found.mean if fraction is None else {**found.mean, "fraction": np.array(fraction)}
+        self.ledger.append(line.model_copy(update={"release_hash": release_hash(released)}))
         assert self.report is not None
-        self.report = RoundReport(
-            self.report.clients,
-            self.report.bytes_up,
-            self.report.bytes_down,
+        self.report = replace(
+            self.report,
             clipped=found.clipped,
             nonfinite=found.nonfinite,
             median_update_norm=found.median_norm,
-            signal=found.signal,
-            noise=found.noise,
+            signal=None if honest else found.signal,  # shares of noise are in these sums already
+            noise=None if honest else found.noise,
         )
         arrays = {name: self._broadcast[name] + found.mean[name] for name in self._broadcast}
         content = RecordDict(
             {wire.ARRAYS: wire.to_record(arrays, sorted(arrays)), wire.METRICS: MetricRecord({wire.WEIGHT: 1})}
         )
         return Message(content, dst_node_id=wire.FIRST_NODE, message_type=MessageType.TRAIN)
+
+    def _server(self) -> UserLevelServer:
+        """Return the state of user-level protection; made once the shapes of the shared arrays are known."""
+        if self._user_level is None:
+            shapes = {name: array.shape for name, array in self._broadcast.items()}
+            self._user_level = UserLevelServer(self.guarantee, shapes, group_of, self._secret)
+            if self._restored:
+                self._user_level.load_state(self._restored)
+        return self._user_level
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -202,15 +215,20 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         """Flower asks for a log entry; the claim says it better."""
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the stock strategy's own state (momenta), as flat names and arrays, for a checkpoint."""
-        return dict(_flatten(self.inner))
+        """Return what the next round depends on, as flat names and arrays, for a checkpoint: the stock strategy's
+        momenta, and the clip and noise of the round to come.
+        """
+        own = {} if self._user_level is None else self._user_level.state()
+        return dict(_flatten(self.inner)) | {f"{_OWN}|own|{name}": array for name, array in own.items()}
 
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore what `state` returned."""
         values: dict[str, Any] = {}
         for name, array in state.items():
             attribute, kind, key = name.split("|", 2)
-            if kind == "dict":
+            if kind == "own":
+                self._restored[key] = array
+            elif kind == "dict":
                 values.setdefault(attribute, {})[key] = array
             else:
                 values.setdefault(attribute, []).append(array)

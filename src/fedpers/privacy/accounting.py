@@ -5,8 +5,9 @@ implemented by Google's dp-accounting, with pessimistic rounding: what comes out
 sampled the analytic Gaussian (Balle and Wang, ICML 2018, Theorem 8) is exact and is used instead. Opacus's Renyi and
 PRV accountants are second opinions and never a claim.
 
-Adjacency is add/remove or zero-out: one unit's contribution is there or is nothing, so the L2 sensitivity is the clip.
-Replace-one adjacency would double it and has no function here.
+Adjacency is add/remove or zero-out unless `replace_one` is asked for: one unit's contribution is there or is nothing,
+so the L2 sensitivity is the clip. Under replace-one it becomes another contribution: a sensitivity of two clips. Noise
+multipliers are relative to the clip under both; the doubling is done here, never by the caller.
 """
 
 import math
@@ -20,12 +21,13 @@ from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy.optimize import brentq
-from scipy.special import log_ndtr
+from scipy.special import erfcx, log_ndtr
 
 from fedpers.errors import ConfigError
 
 _STEPS_PER_UNIT = 10_000  # calibrated noise multipliers have four decimals
 _NOISE_RANGE = (0.01, 1e6)  # noise multipliers that calibration tries
+_SMALLEST_GRID_NOISE = 1e-3  # noise multiplier; with less, losses reach 5e5 and more and dp-accounting overflows
 _PRV_MAX_GRID = 4_000_000  # points; beyond it Opacus's PRV accountant takes gigabytes for a second opinion
 
 
@@ -53,30 +55,94 @@ class GaussianEvent:
             raise ConfigError(f"count must be 0 or more, not {self.count}.")
 
 
-def epsilon(events: Iterable[GaussianEvent], delta: float) -> float:
+def epsilon(events: Iterable[GaussianEvent], delta: float, *, replace_one: bool = False) -> float:
     """Epsilon of all events together, an upper bound: 0.0 for none, `math.inf` if one of them has no noise.
 
-    The events compose adaptively (design: reference section 2.2). Sampling rates are those of the protected unit;
-    a client rate must not be multiplied by a record rate, because the steps of a round share one participation coin.
+    The events compose adaptively (design: reference section 2.2), with noise and rates fixed before the run; for those
+    that depend on outputs see `renyi.RdpFilter`. Sampling rates are those of the protected unit; a client rate must
+    not be multiplied by a record rate, because the steps of a round share one participation coin.
+
+    With an event below a noise multiplier of 1e-3 nothing is amplified; that is still an upper bound.
 
     Args:
         events: Releases, in any order; equal ones are merged.
         delta: Target delta, in (0, 1).
+        replace_one: The unit's contribution is replaced by another one of norm up to the clip, instead of vanishing.
 
     Raises:
         ConfigError: `delta` is not in (0, 1).
     """
     _check_delta_range(delta)
-    merged = _merge(events)
+    merged = merge_events(events)
     if not merged:
         return 0.0
     if any(event.noise_multiplier == 0 for event in merged):
         return math.inf
-    return _finite_epsilon(merged, delta, 1.0)
+    return _finite_epsilon(merged, delta, 1.0, replace_one)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Epsilon of a Gaussian mechanism without sampling, exact but for 1e-9 and rounded up.
+
+    Balle and Wang, ICML 2018, Theorem 8: delta(eps) = Phi(mu/2 - eps/mu) - exp(eps) Phi(-mu/2 - eps/mu). Several
+    Gaussians on one unit are one with the root of the sum of the squared `mu`.
+
+    Args:
+        mu: L2 sensitivity divided by the standard deviation of the noise, 0 or more; `math.inf` means no noise.
+        delta: Target delta, in (0, 1).
+
+    Returns:
+        Epsilon; 0.0 for mu = 0 and `math.inf` for mu = inf.
+
+    Raises:
+        ConfigError: `mu` is negative or not a number, or `delta` is not in (0, 1).
+    """
+    _check_delta_range(delta)
+    if not mu >= 0:
+        raise ConfigError(f"mu, sensitivity over noise, must be 0 or more, not {mu}.")
+    log_delta = math.log(delta)
+
+    def excess(eps: float) -> float:
+        near, far = mu / 2 - eps / mu, mu / 2 + eps / mu
+        first = float(log_ndtr(near))
+        # exp(eps) Phi(-far), written so that nothing cancels where eps is huge: far^2 / 2 - eps = near^2 / 2
+        second = math.log(float(erfcx(far / math.sqrt(2))) / 2) - near * near / 2
+        # the difference of two almost equal terms may round to nothing; finite, because brentq takes no -inf
+        return first + math.log(max(-math.expm1(second - first), 1e-300)) - log_delta
+
+    upper = mu * mu / 2 + mu * math.sqrt(-2 * log_delta)  # the bound of zCDP (Bun and Steinke, 2016) is never smaller
+    if not math.isfinite(upper):
+        return math.inf
+    if mu == 0 or excess(0.0) <= 0:
+        return 0.0
+    tolerance = 1e-9
+    return float(brentq(excess, 0.0, upper, xtol=tolerance)) * (1 + 1e-12) + tolerance
+
+
+def calibrate_gaussian(target_epsilon: float, delta: float, sensitivity: float) -> float:
+    """Smallest noise multiplier, in steps of 1e-4, of one Gaussian release without sampling.
+
+    Args:
+        target_epsilon: Upper limit of epsilon, positive and finite.
+        delta: Target delta, in (0, 1).
+        sensitivity: L2 sensitivity in units of the clip, positive: 1 if the unit is zeroed out once, 2 if it is
+            replaced, the root of k for k releases it takes part in, and so on.
+
+    Returns:
+        z, noise deviation over clip, with `gaussian_epsilon(sensitivity / z, delta) <= target_epsilon`.
+
+    Raises:
+        ConfigError: A value is out of its range, or no noise multiplier up to 1e6 reaches the target.
+    """
+    check_target(target_epsilon, delta)
+    if not (math.isfinite(sensitivity) and sensitivity > 0):
+        raise ConfigError(f"sensitivity must be a positive number of clips, not {sensitivity}.")
+    guess = sensitivity * math.sqrt(2 * math.log(2 / delta)) / target_epsilon
+    return smallest_noise_multiplier(lambda z: gaussian_epsilon(sensitivity / z, delta) <= target_epsilon, guess)
 
 
 def cross_check(events: Iterable[GaussianEvent], delta: float) -> dict[str, float]:
-    """Epsilon by Opacus's accountants: `{"rdp": ..., "prv": ...}`, for comparison and never for a claim.
+    """Add/remove epsilon by Opacus's accountants, `{"rdp": ..., "prv": ...}`: a comparison and never a claim.
 
     "rdp" (Mironov, CSF 2017) is a looser bound; "prv" (Gopi et al., NeurIPS 2021, with an error of .01) should agree
     with `epsilon` to about .02. "prv" is left out without noise and where its grid would not fit in memory, which
@@ -86,7 +152,7 @@ def cross_check(events: Iterable[GaussianEvent], delta: float) -> dict[str, floa
         ConfigError: `delta` is not in (0, 1).
     """
     _check_delta_range(delta)
-    merged = _merge(events)
+    merged = merge_events(events)
     if not merged:
         return {"rdp": 0.0, "prv": 0.0}
     if any(event.noise_multiplier == 0 for event in merged):
@@ -125,14 +191,12 @@ def calibrate(target_epsilon: float, delta: float, sampling_rate: float, count: 
     Raises:
         ConfigError: A value is out of its range, or no noise multiplier between 0.01 and 1e6 reaches the target.
     """
-    if not (math.isfinite(target_epsilon) and target_epsilon > 0):
-        raise ConfigError(f"target epsilon must be positive and finite, not {target_epsilon}.")
-    _check_delta_range(delta)
+    check_target(target_epsilon, delta)
     if count < 1:
         raise ConfigError(f"count must be 1 or more to calibrate noise, not {count}.")
 
     def spent(noise_multiplier: float, coarseness: float) -> float:
-        return _finite_epsilon((GaussianEvent(noise_multiplier, sampling_rate, count),), delta, coarseness)
+        return _finite_epsilon((GaussianEvent(noise_multiplier, sampling_rate, count),), delta, coarseness, False)
 
     coarse = 10.0
     low = high = 1.0
@@ -149,8 +213,36 @@ def calibrate(target_epsilon: float, delta: float, sampling_rate: float, count: 
     slope = math.log(spent(guess * 1.02, coarse) / spent(guess, coarse)) / math.log(1.02)
     for _ in range(2):  # Newton on log-log scale, where epsilon over noise is almost a straight line
         guess *= (target_epsilon / spent(guess, 1.0)) ** (1 / slope)
-    guessed_steps = max(1, math.ceil(guess * _STEPS_PER_UNIT))
-    return _smallest(lambda n: spent(n / _STEPS_PER_UNIT, 1.0) <= target_epsilon, guessed_steps) / _STEPS_PER_UNIT
+    return smallest_noise_multiplier(lambda z: spent(z, 1.0) <= target_epsilon, guess)
+
+
+def smallest_noise_multiplier(holds: Callable[[float], bool], guess: float) -> float:
+    """Smallest positive multiple of 1e-4 for which a condition holds that more noise can only help.
+
+    Args:
+        holds: The condition on a noise multiplier.
+        guess: Where the search starts; the closer, the fewer calls.
+
+    Raises:
+        ConfigError: It does not hold at a noise multiplier of 1e6.
+    """
+    most = int(_NOISE_RANGE[1]) * _STEPS_PER_UNIT
+    start = max(1, math.ceil(min(guess * _STEPS_PER_UNIT, most)))
+    steps = _smallest(lambda n: n > most or holds(n / _STEPS_PER_UNIT), start)
+    if steps > most:
+        raise ConfigError(f"no noise multiplier up to {_NOISE_RANGE[1]:g} is enough; allow a larger epsilon or delta.")
+    return steps / _STEPS_PER_UNIT
+
+
+def check_target(target_epsilon: float, delta: float) -> None:
+    """A target that noise can be calibrated to: epsilon positive and finite, delta in (0, 1).
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not (math.isfinite(target_epsilon) and target_epsilon > 0):
+        raise ConfigError(f"target epsilon must be positive and finite, not {target_epsilon}.")
+    _check_delta_range(delta)
 
 
 def _check_delta_range(delta: float) -> None:
@@ -158,7 +250,7 @@ def _check_delta_range(delta: float) -> None:
         raise ConfigError(f"delta must be in (0, 1), not {delta}.")
 
 
-def _merge(events: Iterable[GaussianEvent]) -> tuple[GaussianEvent, ...]:
+def merge_events(events: Iterable[GaussianEvent]) -> tuple[GaussianEvent, ...]:
     """Equal events become one with the sum of their counts; an accountant pays per distinct event."""
     counts: dict[tuple[float, float], int] = {}
     for event in events:
@@ -169,22 +261,39 @@ def _merge(events: Iterable[GaussianEvent]) -> tuple[GaussianEvent, ...]:
 
 
 @lru_cache(maxsize=4096)  # many clients share a history, and a display asks again each round
-def _finite_epsilon(events: tuple[GaussianEvent, ...], delta: float, coarseness: float) -> float:
-    """Epsilon of merged events that all have noise; `coarseness` > 1 is faster and a looser upper bound."""
+def _finite_epsilon(events: tuple[GaussianEvent, ...], delta: float, coarseness: float, replace_one: bool) -> float:
+    """Epsilon of merged events that all have noise; `coarseness` > 1 is faster and a looser upper bound.
+
+    Forgetting about sampling gives an upper bound too. A sampled release is a mixture over the unit's coin of the
+    release with the unit and, under both data sets alike, without it; hockey-stick divergences are jointly convex, so
+    the Gaussian pair dominates the mixture (Balle, Barthe, Gaboardi, NeurIPS 2018), and dominating pairs compose
+    adaptively (Zhu, Dong, Wang, AISTATS 2022, Theorem 10). With hardly any noise it is the only one that can be had.
+
+    For replace-one the pair of dp-accounting, (1-q) N(0) + q N(1) against (1-q) N(0) + q N(-1), dominates all
+    contributions u, v of norm 1 or less. For alpha >= 1 the divergence is q E max(0, 1 - b exp(X) - c exp(Y)) with
+    constants b, c >= 0 and the log-ratios X, Y of N(u) to N(0) and to N(v): Gaussian, with mean -variance/2. A convex
+    function of that sum grows with both variances, |u|^2 / z^2 and |u-v|^2 / z^2, and with the covariance,
+    <u, u-v> / z^2; all three are largest at v = -u, |u| = 1. For alpha < 1 exchange the two.
+    """
+    sensitivity = 2 if replace_one else 1
+    mu = sensitivity * math.hypot(*(math.sqrt(event.count) / event.noise_multiplier for event in events))
+    unamplified = gaussian_epsilon(mu, delta)
     if all(event.sampling_rate == 1 for event in events):
-        return _analytic_gaussian(math.sqrt(sum(event.count / event.noise_multiplier**2 for event in events)), delta)
+        return unamplified
+    if any(event.noise_multiplier < _SMALLEST_GRID_NOISE for event in events):
+        return unamplified
     accountant = PLDAccountant(
-        NeighboringRelation.ADD_OR_REMOVE_ONE,
-        value_discretization_interval=coarseness * min(_interval(event) for event in events),
+        NeighboringRelation.REPLACE_ONE if replace_one else NeighboringRelation.ADD_OR_REMOVE_ONE,
+        value_discretization_interval=coarseness * _interval(events),
     )
     for event in events:
         gaussian = dp_event.GaussianDpEvent(event.noise_multiplier)
         accountant.compose(dp_event.PoissonSampledDpEvent(event.sampling_rate, gaussian), event.count)
-    return float(accountant.get_epsilon(delta))
+    return min(float(accountant.get_epsilon(delta)), unamplified)
 
 
-def _interval(event: GaussianEvent) -> float:
-    """Grid step of the privacy loss distribution for one event.
+def _interval(events: tuple[GaussianEvent, ...]) -> float:
+    """Grid step of the privacy loss distributions of events that are composed.
 
     Rounding is pessimistic on any grid, so the step decides how tight epsilon is, never whether it holds. Linear
     interpolation of a loss with standard deviation s on a step h inflates its variance by h^2 / 6, and epsilon by
@@ -196,31 +305,24 @@ def _interval(event: GaussianEvent) -> float:
         .004, 1.1, 15000     2.3052  (.05)    2.2955  (.44)    2.2959  (.21)
         .1, .5, 10          12.2612  (.14)   12.2612 (1.73)   12.2612  (.13)
 
-    A fixed 1e-3 is too loose in the third row, a fixed 1e-4 slow in the fourth. The last bound keeps a single loss
-    on about 4e4 points; the loss is at most `widest` except with a probability below 1e-18.
+    A fixed 1e-3 is too loose in the third row, a fixed 1e-4 slow in the fourth. Each event's single loss is kept on
+    about 4e4 points, because the time goes with them: one release with z = .01 beside the first row takes a minute on
+    the step of the first row (5304.50) and .2 seconds on this one (5304.94).
     """
+    return max(min(_finest(event) for event in events), max(_widest(event) for event in events) / 4e4)
+
+
+def _finest(event: GaussianEvent) -> float:
+    """A twentieth of the standard deviation of one loss, 1e-3 at most."""
+    spread = event.sampling_rate * math.sqrt(math.expm1(min(event.noise_multiplier**-2, 700.0)))  # no overflow
+    return min(1e-3, spread / 20)
+
+
+def _widest(event: GaussianEvent) -> float:
+    """A bound that one loss exceeds with a probability below 1e-18."""
     q, z = event.sampling_rate, event.noise_multiplier
-    spread = q * math.sqrt(math.expm1(min(z**-2, 700.0)))  # exp overflows beyond 709
     largest = 9 / z + 0.5 / z**2
-    widest = largest + math.log(q) if largest > 700 else math.log1p(q * math.expm1(largest))
-    return max(min(1e-3, spread / 20), widest / 4e4)
-
-
-def _analytic_gaussian(mu: float, delta: float) -> float:
-    """Epsilon of a Gaussian with sensitivity / standard deviation = mu (Balle and Wang, ICML 2018, Theorem 8)."""
-    log_delta = math.log(delta)
-
-    def excess(eps: float) -> float:
-        first = float(log_ndtr(mu / 2 - eps / mu))
-        second = eps + float(log_ndtr(-mu / 2 - eps / mu))
-        # the difference of two almost equal terms may round to nothing; finite, because brentq takes no -inf
-        return first + math.log(max(-math.expm1(second - first), 1e-300)) - log_delta
-
-    if excess(0.0) <= 0:
-        return 0.0
-    upper = mu**2 / 2 + mu * math.sqrt(-2 * log_delta)  # the bound of zCDP (Bun and Steinke, 2016) is never smaller
-    tolerance = 1e-9
-    return float(brentq(excess, 0.0, upper, xtol=tolerance)) + tolerance
+    return largest + math.log(q) if largest > 700 else math.log1p(q * math.expm1(largest))
 
 
 def _smallest(holds: Callable[[int], bool], guess: int) -> int:

@@ -4,33 +4,24 @@ A claim is derived from a ledger and from nothing else, so it cannot promise mor
 always names unit, adjacency, adversary, delta, sampler, accountant and what it leaves out.
 """
 
+from __future__ import annotations
+
 import math
-from bisect import bisect_right
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal
-from importlib.metadata import version
-from itertools import accumulate
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from fedpers.config import TRUSTS, Trust, Unit
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
-from fedpers.privacy.accounting import GaussianEvent, cross_check, epsilon
-from fedpers.privacy.ledger import Ledger, Opening, Release
+from fedpers.privacy.accounting import cross_check
+from fedpers.privacy.ledger import Ledger
+from fedpers.privacy.ledger_lines import ADJACENCIES, Opening
+from fedpers.privacy.spending import Epsilon, PerClient, record_level, spending
 
-# JSON has no infinity; "inf" is what float() reads back
-Epsilon = Annotated[float, PlainSerializer(lambda value: "inf" if value == math.inf else value, when_used="json")]
-
-
-class PerClient(BaseModel):
-    """Spread of epsilon over all registered clients; a client that never took part has 0."""
-
-    model_config = ConfigDict(frozen=True)
-
-    min: Epsilon
-    median: Epsilon
-    max: Epsilon
+METRICS = "the metrics and figures of this run, which the simulator measures without noise"
+TUNING = "the choice of hyper-parameters, as far as it was made by looking at these people"
 
 
 class Claim(BaseModel):
@@ -38,7 +29,7 @@ class Claim(BaseModel):
 
     Attributes:
         unit: record, user or none: what one protected thing is.
-        trust: Who adds the noise: record-local, user-central or none.
+        trust: Who adds the noise: record-local, user-central, user-distributed, user-local or none.
         adjacency: What two neighbouring data sets are.
         protected_against: Whom the claim holds against.
         not_protected_against: Whom or what it does not cover.
@@ -47,16 +38,20 @@ class Claim(BaseModel):
         accountant: Which computation gave epsilon.
         cross_check: Epsilon by other accountants; never the claim.
         sampler: How the protected unit is sampled, in words.
+        amplification: Whose secret sampling is credited: clients, records or none.
+        mechanism: The noise, in words.
         q: Sampling rate of all noised releases; None without any, or if it changed during the run.
         sigma: Noise multiplier, likewise.
         clip: L2 bound of one unit's contribution to any release, likewise.
         steps: Composed noisy steps: rounds for unit user, those of the client with the largest epsilon for unit record.
         rounds: Number of releases.
-        per_client: Spread over clients for unit record, otherwise None.
+        per_client: Spread over clients where each client's own releases count, otherwise None.
+        record_level: Epsilon for one record that a user-level claim implies, at two clips; None where not computed.
         head_policy: How heads are trained.
+        personal_covered: Whether the claim holds for whoever obtains a personal model, too.
         excluded: What the accounting leaves out.
         secure_rng: Whether noise came from a cryptographic generator: never, in a simulator.
-        simulated_secagg: Whether the claim leans on a simulated secure aggregation: never, so far.
+        simulated_secagg: Whether the claim leans on a simulated secure aggregation.
         secret: Where the key of the noise comes from.
         ledger_head: Hash of the last ledger line; ties the claim to one ledger.
         sentence: All of this in one paragraph.
@@ -64,8 +59,8 @@ class Claim(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    unit: str
-    trust: str
+    unit: Unit
+    trust: Trust
     adjacency: str
     protected_against: list[str]
     not_protected_against: list[str]
@@ -74,19 +69,38 @@ class Claim(BaseModel):
     accountant: str
     cross_check: dict[str, Epsilon]
     sampler: str
+    amplification: str
+    mechanism: str
     q: float | None
     sigma: float | None
     clip: float | None
     steps: int
     rounds: int
     per_client: PerClient | None
+    record_level: Epsilon | None
     head_policy: str
+    personal_covered: bool
     excluded: list[str]
     secure_rng: bool = False
     simulated_secagg: bool = False
     secret: str
     ledger_head: str
     sentence: str
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        """Refuse a number under another label than its own (refusal R6), and noise 0 with a finite epsilon (R5)."""
+        if self.trust not in TRUSTS[self.unit] or self.adjacency not in ADJACENCIES[self.trust]:
+            raise PrivacyRefusal(
+                f"a claim with unit {self.unit!r}, trust {self.trust!r} and adjacency {self.adjacency!r}: an epsilon "
+                "holds for the unit and adjacency that it was computed for and is no other unit's; a user-level "
+                "epsilon for records is `record_level`."
+            )
+        if (self.delta is None) != (self.unit == "none") or not (self.accountant and self.sampler):
+            raise PrivacyRefusal("a claim must name delta, sampler and accountant; without them epsilon means nothing.")
+        if self.sigma == 0 and self.epsilon < math.inf:
+            raise PrivacyRefusal("a claim of noise multiplier 0 with a finite epsilon: without noise it is infinite.")
+        return self
 
     def to_json(self) -> str:
         """Indented JSON; an infinite epsilon is the string "inf"."""
@@ -103,7 +117,12 @@ class Claim(BaseModel):
             return "nothing released (ε = 0)"
         if self.epsilon == math.inf:
             return "no privacy (ε = ∞)"
-        who = {"user": "trusted server", "record": "untrusted server"}[self.unit]
+        who = {
+            "user-central": "trusted server",
+            "user-distributed": "simulated secure aggregation",
+            "user-local": "untrusted server",
+            "record-local": "untrusted server",
+        }[self.trust]
         return f"{self.unit}-level (ε = {rounded_up(self.epsilon)}, δ = {self.delta:g}), {who}"
 
 
@@ -146,48 +165,47 @@ def claim_from(
     _check_complete(ledger, expected_rounds)
     if opening.delta is not None:
         check_delta(opening.delta, opening.protected)
-    total, events, per_client = _spent(opening, releases)
+        if TUNING not in excluded:
+            raise PrivacyRefusal(
+                "a claim must say that the choice of hyper-parameters is left out of it, unless that was paid for, "
+                "which nothing here can know (refusal R15); add `claim.TUNING` to `excluded`."
+            )
+    found = spending(opening, releases)
     noised = [release for release in releases if release.mechanism == "gaussian"]
     clips = {release.clip for release in releases if release.clip is not None}
     rates = {release.sampling_rate for release in noised}
-    against, not_against = _adversaries(opening, total)
+    against, not_against = _adversaries(opening, found.total)
     claim = Claim(
         unit=opening.unit,
         trust=opening.trust,
         adjacency=opening.adjacency,
         protected_against=against,
         not_protected_against=not_against,
-        epsilon=total,
+        epsilon=found.total,
         delta=opening.delta,
-        accountant=_accountant(events),
-        cross_check={} if opening.delta is None else cross_check(events, opening.delta),
+        accountant=found.accountant,
+        cross_check=cross_check(found.events, opening.delta) if opening.delta is not None and found.events else {},
         sampler=_sampler(opening, rates),
+        amplification=opening.amplification,
+        mechanism=_mechanism(opening, {release.bit_noise for release in noised}),
         q=_single(rates),
         sigma=_single({release.noise_multiplier for release in noised}),
         clip=_single(clips),
-        steps=sum(event.count for event in events if event.noise_multiplier > 0),
+        steps=sum(event.count for event in found.events if event.noise_multiplier)
+        if opening.unit == "record"
+        else len(noised),
         rounds=len(releases),
-        per_client=per_client,
+        per_client=found.per_client,
+        record_level=record_level(opening, releases),
         head_policy=opening.head_policy,
+        personal_covered=opening.personal_covered,
         excluded=list(excluded),
+        simulated_secagg=opening.trust == "user-distributed",
         secret=opening.secret,
         ledger_head=ledger.head,
         sentence="",
     )
     return claim.model_copy(update={"sentence": " ".join(_sentences(claim, bool(clips), population_note))})
-
-
-def spent(ledger: Ledger) -> float:
-    """Epsilon of what the ledger holds so far, for the progress line; the claim is made at the end."""
-    return _spent(ledger.opening, ledger.releases)[0]
-
-
-def composed(ledgers: Sequence[Ledger]) -> float:
-    """Epsilon of several user-level runs on the same users together, at the first one's delta."""
-    delta = ledgers[0].opening.delta
-    if delta is None or any(ledger.opening.unit != "user" for ledger in ledgers):
-        raise LedgerError("only user-level runs are composed.")
-    return epsilon([_event(release) for ledger in ledgers for release in ledger.releases], delta)
 
 
 def _check_complete(ledger: Ledger, expected_rounds: int | None) -> None:
@@ -202,91 +220,73 @@ def _check_complete(ledger: Ledger, expected_rounds: int | None) -> None:
         raise LedgerError(f"{ledger.path} holds {len(rounds)} rounds, but the run says that it made {expected_rounds}.")
 
 
-def _event(release: Release) -> GaussianEvent:
-    # noise 0 is how the accountant knows a release without protection; it has at least one step
-    return GaussianEvent(release.noise_multiplier, release.sampling_rate, max(release.steps, 1))
-
-
-def _spent(opening: Opening, releases: Sequence[Release]) -> tuple[float, tuple[GaussianEvent, ...], PerClient | None]:
-    """Epsilon, the events behind it, and its spread over clients."""
-    if opening.delta is None:
-        return (math.inf if releases else 0.0), (), None
-    if opening.unit == "user":
-        events = tuple(_event(release) for release in releases)
-        return epsilon(events, opening.delta), events, None
-    return _spent_by_records(opening, releases, opening.delta)
-
-
-def _spent_by_records(
-    opening: Opening, releases: Sequence[Release], delta: float
-) -> tuple[float, tuple[GaussianEvent, ...], PerClient]:
-    """Each client's own steps at the record rate; the largest counts, since clients' records are disjoint.
-
-    No amplification by client sampling: the server knows who sent something.
-    """
-    steps: defaultdict[int, Counter[tuple[float, float]]] = defaultdict(Counter)
-    for release in releases:
-        event = _event(release)
-        for client in release.clients or ():
-            steps[client][event.noise_multiplier, event.sampling_rate] += event.count
-    idle = opening.population - len(steps)
-    if idle < 0:
-        raise LedgerError(f"{len(steps)} clients sent something, but only {opening.population} are registered.")
-    sizes = Counter(tuple(GaussianEvent(z, q, n) for (z, q), n in sorted(own.items())) for own in steps.values())
-    if idle:
-        sizes[()] = idle
-    histories = list(sizes)
-    if len({(event.noise_multiplier, event.sampling_rate) for history in histories for event in history}) <= 1:
-        histories.sort(key=lambda history: sum(event.count for event in history))  # epsilon grows with the count
-    else:
-        histories.sort(key=lambda history: epsilon(history, delta))
-    ends = list(accumulate(sizes[history] for history in histories))
-
-    def at(rank: int) -> tuple[GaussianEvent, ...]:
-        return histories[bisect_right(ends, rank)]
-
-    last = opening.population - 1
-    low, middle, other_middle, high = (epsilon(at(rank), delta) for rank in (0, last // 2, (last + 1) // 2, last))
-    return high, at(last), PerClient(min=low, median=(middle + other_middle) / 2, max=high)
-
-
 def _single(values: set[float]) -> float | None:
     return next(iter(values)) if len(values) == 1 else None
 
 
-def _accountant(events: Sequence[GaussianEvent]) -> str:
-    if not events or any(event.noise_multiplier == 0 for event in events):
-        return "none: nothing to compose"
-    if all(event.sampling_rate == 1 for event in events):
-        return "analytic Gaussian (Balle and Wang, 2018), add/remove"
-    return f"PLD (dp-accounting {version('dp-accounting')}), add/remove"
+def _mechanism(opening: Opening, bit_noise: set[float | None]) -> str:
+    if opening.coefficients:
+        return f"Gaussian, correlated over {len(opening.coefficients)} rounds (banded square root factorization)"
+    if opening.filter is not None:
+        return "Gaussian, noise set from earlier releases under a Renyi filter"
+    if bit_noise - {None}:
+        return "Gaussian, clip follows a noised quantile (Andrew et al., 2021)"
+    return "Gaussian"
 
 
 def _sampler(opening: Opening, rates: set[float]) -> str:
     if opening.unit == "none":
         return "not accounted"
-    sampling = opening.client_sampling if opening.unit == "user" else opening.record_sampling
-    secrecy = "who takes part is secret" if opening.unit == "user" else "no amplification by client sampling"
-    if sampling == "all":
-        return f"none: every {opening.unit} every time"
-    rate = f"{_single(rates):g}" if len(rates) == 1 else "as in the ledger"
-    return f"Poisson: each {opening.unit} independently with probability {rate}; {secrecy}"
+    if opening.unit == "record":
+        if opening.record_sampling == "all":
+            return "none: every record every time"
+        return (
+            f"Poisson: each record independently with probability {_rate(rates)}; no amplification by client sampling"
+        )
+    if opening.client_sampling == "all":
+        return "none: every user every time"
+    drawn = {
+        "poisson": "Poisson: each user independently",
+        "fixed": "a fixed number of users, drawn without replacement",
+        "cyclic": "users in turn, in a public order",
+    }[opening.client_sampling]
+    if opening.amplification == "none":
+        return f"{drawn}; no amplification, the rounds in which a user took part count"
+    return f"{drawn} with probability {_rate(rates)}; who takes part is secret"
+
+
+def _rate(rates: set[float]) -> str:
+    return f"{_single(rates):g}" if len(rates) == 1 else "as in the ledger"
 
 
 def _adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
     """Whom the numbers hold against, and whom not (reference: table 2.5)."""
-    everyone = ["the server", "other clients", "recipients of the shared model"]
-    personal = "whoever obtains or queries a user's personal model"
+    others, personal = (
+        ["other clients", "recipients of the shared model"],
+        "whoever obtains or queries a user's personal model",
+    )
     if total == math.inf:
-        return [], [*everyone, personal]
+        return [], ["the server", *others, personal]
     if opening.unit == "none":
-        return everyone, [personal]
-    if opening.unit == "user":
-        against, not_against = everyone[1:], ["the server (trusted: it sees raw updates)", personal]
+        return ["the server", *others], [personal]
+    whole = "conclusions about a user as a whole: that the user takes part, or what all records have in common"
+    against, not_against = {
+        "user-central": (others, ["the server (trusted: it sees raw updates)"]),
+        "user-distributed": (
+            [
+                f"the server (if it sees sums only, here simulated, and {opening.honest} clients a round are honest)",
+                *others,
+            ],
+            ["a server that sees single messages, or fewer honest clients"],
+        ),
+        "user-local": (["the server (as long as it asks each client once a round)", *others], []),
+        "record-local": (["the server (as long as it asks each client once a round)", *others], [whole]),
+    }[opening.trust]
+    against, not_against = list(against), list(not_against)
+    if opening.personal_covered:
+        against.append("whoever obtains one user's personal model")
     else:
-        whole = "conclusions about a user as a whole: that the user takes part, or what all records have in common"
-        against = ["the server (as long as it asks each client once a round)", *everyone[1:]]
-        not_against = [personal, whole]
+        not_against.append(personal)
     if opening.secret == "given in the configuration":
         not_against.append("whoever reads the configuration: it holds the secret that the noise is made from")
     return against, not_against
@@ -317,7 +317,15 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
             f"What {', '.join(others)} and {last} see of this run tells them no more about {unit} than ε and δ allow.",
         ]
         if claim.unit == "user":
-            sentences.append("This is not a record-level number: one changed record counts with twice the clip.")
+            implied = "" if claim.record_level is None else f" (for one record ε = {rounded_up(claim.record_level)})"
+            sentences.append(
+                f"This is not a record-level number: one changed record counts with twice the clip{implied}."
+            )
+        if claim.per_client is not None and claim.unit == "user":
+            low, middle = rounded_up(claim.per_client.min), rounded_up(claim.per_client.median)
+            sentences.append(f"Over users ε is {low} at the least and {middle} in the median, by their participation.")
+        if claim.simulated_secagg:
+            sentences.append("The secure aggregation is simulated: no protocol hides single messages here.")
     sentences.append(f"Not protected against: {'; '.join(claim.not_protected_against)}.")
     if claim.excluded:
         sentences.append(f"Left out of the accounting: {'; '.join(claim.excluded)}.")

@@ -1,4 +1,4 @@
-"""From what is asked for to noise and clipping; refuses what would be a false claim.
+"""From what is asked for to noise and clipping.
 
 What comes out here is a plan. The claim itself is computed from the ledger, never from this.
 """
@@ -6,20 +6,33 @@ What comes out here is a plan. The claim itself is computed from the ledger, nev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedpers.config import Config
-from fedpers.errors import ConfigError, PrivacyRefusal
-from fedpers.methods.base import Plan
-from fedpers.privacy.accounting import calibrate
-from fedpers.privacy.claim import check_delta
-from fedpers.privacy.ledger import ADJACENCY, TRUST, Trust, Unit
+import numpy as np
 
-# Strategies that see only the mean of the replies; under user-level noise they are post-processing of that mean.
-OF_THE_MEAN = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
-# Strategies that look at single replies.
-OF_SINGLE_REPLIES = ("Krum", "MultiKrum", "Bulyan", "FedMedian", "FedTrimmedAvg")
+from fedpers.config import Config, Trust, Unit
+from fedpers.errors import ConfigError
+from fedpers.methods.base import Plan
+from fedpers.privacy.accounting import calibrate, calibrate_gaussian
+from fedpers.privacy.adaptive_clip import AdaptiveClip, split_noise
+from fedpers.privacy.claim import check_delta
+from fedpers.privacy.dataflow import feedback
+from fedpers.privacy.ledger_lines import (
+    ADD_REMOVE,
+    REPLACE_ONE,
+    SENSITIVITY,
+    ZERO_OUT,
+    Amplification,
+    Filter,
+    Opening,
+    Sampling,
+    Secret,
+)
+from fedpers.privacy.matrix_noise import coefficients, sensitivity
+from fedpers.privacy.refusals import check_setup, server_sums
+from fedpers.privacy.renyi import RdpFilter, calibrate_fixed_size, choose_filter
+from fedpers.privacy.sampling import cohort_size, period
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Guarantee:
     trust: Trust
     clip: float | None
     noise_multiplier: float  # noise deviation over clip; 0 means clipping alone
-    rate: float  # Poisson rate of the unit: of users in a round, or of records in a local step
+    rate: float  # sampling rate that is credited: of users in a round, or of records in a local step; 1 for none
     releases: int  # noised releases that one unit may meet: rounds, or local steps in all rounds
     steps: int  # local DP-SGD steps per round phase (record level)
     delta: float
@@ -39,11 +52,40 @@ class Guarantee:
     adjacency: str
     protected: int  # units that delta is held against
     expected: float  # contributions in one noised sum, if everyone holds as much as allowed
+    amplification: Amplification = "none"
+    server_sums: bool = False  # the server makes one mean of the replies, before any strategy sees them
+    per_layer: bool = False
+    adaptive: AdaptiveClip | None = None
+    bands: tuple[float, ...] = ()  # coefficients of correlated noise; empty for independent noise
+    honest: int | None = None  # clients of a round whose noise shares must be enough
+    filter: RdpFilter | None = None  # noise may follow earlier releases
+    budget: float = math.inf  # the run ends before the ledger passes it
+    phase_steps: tuple[int, int] = (0, 0)  # noised steps of a round on the shared half of the records, on the head half
+    personal_covered: bool = False
+    population: int | None = None  # a forecast is asked for so many users
 
-    @property
-    def clips_updates(self) -> bool:
-        """Whether the server clips whole updates and divides by a constant."""
-        return self.unit != "record" and self.clip is not None
+    def opening(self, config: Config, shared: Sequence[str], users: int, secret: Secret) -> Opening:
+        """Return the ledger's opening line."""
+        return Opening(
+            unit=self.unit,
+            trust=self.trust,
+            adjacency=self.adjacency,
+            delta=None if self.unit == "none" else self.delta,
+            population=users,
+            protected=self.protected,
+            method=config.method,
+            head_policy=self.head_policy,
+            personal_covered=self.personal_covered,
+            shared_names=list(shared),
+            client_sampling=_sampling(config),
+            record_sampling="poisson" if self.unit == "record" and self.rate < 1 else "all",
+            amplification=self.amplification,
+            coefficients=list(self.bands),
+            honest=self.honest,
+            filter=None if self.filter is None else Filter(order=self.filter.order, epsilon=self.filter.epsilon),
+            simulated_population=self.population,
+            secret=secret,
+        )
 
 
 def resolve(config: Config, plan: Plan, users: int) -> Guarantee:
@@ -55,52 +97,67 @@ def resolve(config: Config, plan: Plan, users: int) -> Guarantee:
         users: registered clients, a public number.
 
     Raises:
-        PrivacyRefusal: a combination that cannot be claimed, with the sound ways out.
-        ConfigError: delta too large, or an unknown strategy.
+        PrivacyRefusal: a combination that cannot be claimed, with the sound ways out; delta too large.
+        ConfigError: options that do not go together.
     """
     privacy = config.privacy
     check_setup(config, plan)
     protected = {"none": 1, "user": users, "record": users * config.data.max_train}[privacy.unit]
     if privacy.unit != "none":
         check_delta(privacy.delta, protected)
-    phases = len(plan.round)
-    steps = math.ceil(config.local.epochs / privacy.record_rate) if privacy.unit == "record" else 0
-    rate, releases = {
-        "none": (1.0, 0),
-        "user": (config.client_rate, config.rounds),
-        # Whoever sees a client's replies knows that it took part: local sampling alone amplifies.
-        "record": (privacy.record_rate, config.rounds * steps * phases),
-    }[privacy.unit]
     sends = bool(plan.shared) and config.rounds > 0
-    noise = 0.0
-    if privacy.unit != "none" and not math.isinf(privacy.epsilon) and sends:
-        noise = calibrate(privacy.epsilon, privacy.delta, rate, releases)
+    steps = math.ceil(config.local.epochs / privacy.record_rate) if privacy.unit == "record" else 0
+    phase_steps = _phase_steps(plan, steps)
+    amplification = _amplification(config)
+    rate = {"none": 1.0, "clients": config.client_rate, "records": privacy.record_rate}[amplification]
+    releases = {"none": 0, "user": config.rounds, "record": config.rounds * max(phase_steps)}[privacy.unit]
+    adjacency = _adjacency(config)
+    bands: tuple[float, ...] = ()
+    if privacy.mechanism == "banded":
+        bands = tuple(coefficients(privacy.bands or max(2, period(config.client_rate))).tolist())
+    noise, renyi_filter = 0.0, None
+    wanted = privacy.noise_multiplier is not None or not math.isinf(privacy.epsilon)
+    if privacy.unit != "none" and wanted and sends:
+        if privacy.schedule == "signal":
+            renyi_filter, noise = choose_filter(privacy.epsilon, privacy.delta, rate, releases)
+        elif privacy.noise_multiplier is not None:
+            noise = privacy.noise_multiplier
+        else:
+            noise = _calibrate(config, users, amplification, rate, releases, adjacency, bands)
+    if privacy.population is not None:
+        noise *= _forecast_scale(config, users)
+    cohort = cohort_size(config.client_sampling, config.client_rate, users)
+    adaptive = None
+    if privacy.adaptive is not None:
+        bits = privacy.adaptive.bit_noise or cohort / 20
+        split_noise(noise, bits)  # refuses bits that leave nothing for the sum
+        adaptive = AdaptiveClip(privacy.adaptive.quantile, privacy.adaptive.rate, bits)
     return Guarantee(
         unit=privacy.unit,
-        trust=TRUST[privacy.unit],
+        trust=privacy.trusted,
         clip=privacy.clip,
         noise_multiplier=noise,
         rate=rate,
         releases=releases if sends else 0,
         steps=steps,
         delta=privacy.delta,
-        denominator=float(config.local.batch_size) if privacy.unit == "record" else config.client_rate * users,
-        head_policy=_head_policy(plan),
-        adjacency=ADJACENCY[privacy.unit],
+        denominator=float(config.local.batch_size) if privacy.unit == "record" else cohort,
+        head_policy=_head_policy(plan, privacy.unit),
+        adjacency=adjacency,
         protected=protected,
-        expected={
-            "none": 1.0,
-            "user": config.client_rate * users,
-            "record": privacy.record_rate * config.data.max_train,
-        }[privacy.unit],
+        expected={"none": 1.0, "user": cohort, "record": privacy.record_rate * config.data.max_train}[privacy.unit],
+        amplification=amplification,
+        server_sums=server_sums(config),
+        per_layer=privacy.clipping == "per-layer",
+        adaptive=adaptive,
+        bands=bands,
+        honest=max(1, math.floor(privacy.honest * cohort)) if privacy.trusted == "user-distributed" else None,
+        filter=renyi_filter,
+        budget=privacy.epsilon if privacy.stop == "budget" else math.inf,
+        phase_steps=phase_steps,
+        personal_covered=privacy.unit == "record" and _covered(plan),
+        population=privacy.population,
     )
-
-
-def check_setup(config: Config, plan: Plan) -> None:
-    """Refuse what no amount of noise makes true; needs no data. Raises as `resolve` does."""
-    _check_strategy(config)
-    if config.privacy.unit == "record" and plan.feedback:
-        raise PrivacyRefusal(_feedback_refusal(plan))
 
 
 def plan_table(guarantee: Guarantee, sizes: Mapping[str, int]) -> list[dict[str, float | int | str]]:
@@ -108,8 +165,10 @@ def plan_table(guarantee: Guarantee, sizes: Mapping[str, int]) -> list[dict[str,
 
     `noise_over_clip` is the noise's L2 norm over the clipping bound; `noise_over_best` the same over the largest
     possible sum, reached if every contribution were as long as the bound and pointed the same way. At record level both
-    are of one client's step; the server's average over clients lowers the ratio further.
+    are of one client's step, with trust user-local of one client's reply; the server's average over clients lowers the
+    ratio further.
     """
+    alone = guarantee.trust == "user-local"
     rows: list[dict[str, float | int | str]] = []
     for group, size in sizes.items():
         ratio = guarantee.noise_multiplier * math.sqrt(size)
@@ -118,46 +177,93 @@ def plan_table(guarantee: Guarantee, sizes: Mapping[str, int]) -> list[dict[str,
                 "group": group,
                 "numbers": size,
                 "noise_over_clip": ratio,
-                "noise_over_best": ratio / guarantee.expected,
+                "noise_over_best": ratio / (1.0 if alone else guarantee.expected),
             }
         )
     return rows
 
 
-def _feedback_refusal(plan: Plan) -> str:
-    heads = " and ".join(plan.feedback)
-    babu = ": method=fedbabu" if plan.feedback == ("head",) else ""
-    return (
-        f"method {plan.name!r} with privacy.unit=record is refused: the personal {heads} is trained without noise on "
-        f"the same records and feeds the gradients of the shared {' and '.join(plan.shared)}, so one record changes "
-        "the gradients of all the others and the true epsilon is far above the claimed one. Three sound ways out: "
-        f"(1) keep the {heads} at its public value until the last release{babu}; "
-        f"(2) train the {heads} under the same clipping and noise and tune it at home afterwards: "
-        "method=fedavg-finetune; "
-        f"(3) protect whole users, where a personal {heads} may stay noise-free: privacy.unit=user."
+def _amplification(config: Config) -> Amplification:
+    """Whose secret sampling may be credited (R3, R7): one coin of one kind, and never against who knows it."""
+    privacy = config.privacy
+    if privacy.unit == "record":
+        return "records"  # whoever sees a client's replies knows that it took part: local sampling alone amplifies
+    central = privacy.trusted == "user-central"
+    return "clients" if central and privacy.mechanism == "gaussian" and config.client_sampling != "cyclic" else "none"
+
+
+def _adjacency(config: Config) -> str:
+    trust, fixed = config.privacy.trusted, _sampling(config) == "fixed"
+    if trust == "user-local" or (trust == "user-central" and fixed):
+        return REPLACE_ONE
+    return {"none": "none", "record": ADD_REMOVE, "user": ZERO_OUT}[config.privacy.unit]
+
+
+def _sampling(config: Config) -> Sampling:
+    return "all" if config.client_rate == 1 else config.client_sampling
+
+
+def _calibrate(
+    config: Config,
+    users: int,
+    amplification: Amplification,
+    rate: float,
+    releases: int,
+    adjacency: str,
+    bands: Sequence[float],
+) -> float:
+    """Smallest noise multiplier for the worst participation that the sampler allows."""
+    target, delta, rounds = config.privacy.epsilon, config.privacy.delta, config.rounds
+    if amplification == "clients" and adjacency == REPLACE_ONE:
+        sample = int(cohort_size("fixed", config.client_rate, users))
+        return calibrate_fixed_size(target, delta, users, sample, rounds)
+    if amplification != "none":
+        return calibrate(target, delta, rate, releases)
+    every = period(config.client_rate) if config.client_sampling == "cyclic" else 1
+    pattern = range(1, rounds + 1, every)  # of the first in turn, who takes part most often
+    return calibrate_gaussian(
+        target, delta, SENSITIVITY[adjacency] * sensitivity(np.array(bands or [1.0]), pattern, rounds)
     )
 
 
-def _check_strategy(config: Config) -> None:
-    name = config.server.strategy
-    if name in OF_SINGLE_REPLIES:
-        if config.privacy.unit == "user" or (config.privacy.unit == "none" and config.privacy.clip is not None):
-            raise PrivacyRefusal(
-                f"server.strategy = {name!r} looks at single replies, but user-level privacy gives it the noised mean "
-                f"alone; choose one of {', '.join(OF_THE_MEAN)}, or protect records (privacy.unit=record)."
-            )
-    elif name not in OF_THE_MEAN:
+def _forecast_scale(config: Config, users: int) -> float:
+    """How much less noise gives this cohort the noise on the mean that the larger population would have."""
+    population = config.privacy.population
+    assert population is not None
+    if population < users:
         raise ConfigError(
-            f"server.strategy = {name!r}: expected one of {', '.join(OF_THE_MEAN)}, or without user-level privacy "
-            f"{', '.join(OF_SINGLE_REPLIES)}."
+            f"privacy.population={population} is below the {users} registered users; a forecast is for more of them."
         )
+    check_delta(config.privacy.delta, population)
+    return users / population
 
 
-def _head_policy(plan: Plan) -> str:
+def _phase_steps(plan: Plan, steps: int) -> tuple[int, int]:
+    """Noised steps of a round on the records behind the shared part, and on those behind personal groups alone."""
+    noised = [plan.half(phase) for phase in plan.round if plan.protected(phase)]
+    head = noised.count("head")
+    return steps * (len(noised) - head), steps * head
+
+
+def _covered(plan: Plan) -> bool:
+    """Whether a personal model is a function of noised values alone."""
+    return plan.head in {"joint", "split-dp"} and not plan.finish and not plan.twins
+
+
+def _head_policy(plan: Plan, unit: Unit) -> str:
+    personal, fed = " and ".join(plan.kept), " and ".join(feedback(plan))
     if not plan.shared:
         return "nothing is shared"
-    if plan.feedback:
-        return f"personal {' and '.join(plan.feedback)} without noise, feeding the shared part; never sent"
+    if plan.head == "joint" and unit == "record":
+        return f"personal {personal} under the same clipping and noise as the shared part; never sent"
+    if plan.head == "split-dp" and unit == "record":
+        return f"personal {personal} under noise on one half of the records, the shared part on the other; never sent"
+    if plan.head == "split":
+        return f"personal {fed} without noise on one half of the records, the shared part on the other; never sent"
+    if fed:
+        return f"personal {fed} without noise, feeding the shared part; never sent"
+    if plan.twins:
+        return f"own copies of {' and '.join(plan.twins)} beside the shared ones, read by nothing that is sent"
     if plan.personal:
         return f"personal {' and '.join(plan.personal)} trained after the last release only; never sent"
     return "no personal state"

@@ -6,107 +6,26 @@ is why the claim and the server checkpoint keep the head's hash.
 
 A release is appended before it is used or sent. A run that is killed in between has spent the budget and repeats the
 round with the same noise: `Ledger.rewind` then holds the repeated release against the line that is already there.
+
+Who took part is private and not in the lines: they hold a salted hash of it, and the lists lie in a file beside the
+ledger, in the directory `private`.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedpers.errors import LedgerError, PrivacyRefusal
+from fedpers.errors import LedgerError
+from fedpers.privacy.ledger_lines import Opening, Release, check_opening, release_problem
 
 GENESIS = "0" * 64  # stands for the hash before the first line
-Unit = Literal["none", "record", "user"]
-Trust = Literal["none", "record-local", "user-central"]
-Sampling = Literal["poisson", "all", "fixed"]
-Secret = Literal["kept by the simulator", "given in the configuration"]
-
-TRUST: dict[Unit, Trust] = {"none": "none", "record": "record-local", "user": "user-central"}
-# Both add/remove and zero-out have the clip as sensitivity, which is what the accountant assumes; nothing else may be
-# written into a ledger, because replace-one would need twice the noise for the same number.
-ADJACENCY: dict[Unit, str] = {
-    "none": "none",
-    "record": "add/remove: one record of one user is there or not",
-    "user": "zero-out: one registered user's records replaced by none (the number of registered users is public)",
-}
-
-_Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Opening(_Line):
-    """What is promised before anything is released.
-
-    Attributes:
-        unit: What one protected thing is: a record, a user, or none (no protection).
-        trust: Who adds the noise, `TRUST[unit]`.
-        adjacency: `ADJACENCY[unit]`.
-        delta: Target delta of the claim; None exactly when `unit` is none.
-        population: Number of registered users, public.
-        protected: Number that delta is held against (delta < 1 / protected): the registered users for unit user, the
-            most records that they may hold together for unit record.
-        method: Name of the personalization method.
-        head_policy: How the head is trained, in words; copied into the claim.
-        shared_names: The only names that releases may hold.
-        client_sampling: How a round's clients are drawn: independently with one rate (poisson), every one (all), or
-            a number fixed beforehand (fixed; not accounted, so not for unit user).
-        record_sampling: The same for a step's records (fixed is not for unit record).
-        secret: Where the key of the noise comes from.
-    """
-
-    unit: Unit
-    trust: Trust
-    adjacency: str
-    delta: Annotated[float, Field(gt=0, lt=1)] | None
-    population: Annotated[int, Field(ge=1)]
-    protected: Annotated[int, Field(ge=1)]
-    method: str
-    head_policy: str
-    shared_names: list[str]
-    client_sampling: Sampling
-    record_sampling: Sampling
-    secret: Secret
-
-
-class Release(_Line):
-    """One round's release of the shared state.
-
-    Attributes:
-        round: Round number, from 1; one line per round, also when nobody took part.
-        mechanism: gaussian, or none where no noise was added.
-        noise_multiplier: Noise standard deviation divided by `clip`; 0.0 exactly for mechanism none.
-        clip: L2 bound of one unit's contribution; None where nothing was clipped.
-        sampling_rate: Poisson rate of clients (unit user) or of records (unit record); 1.0 without sampling.
-        steps: Noisy steps that each client of this round composed (unit record); 1 for unit user.
-        clients: Who sent something (units record and none). None for unit user, where participation is secret.
-        noise_address: Hex digest of the address of the noise's random stream; "" exactly for mechanism none.
-        release_hash: SHA-256 of the released bytes, see `release_hash`.
-    """
-
-    round: Annotated[int, Field(ge=1)]
-    mechanism: Literal["gaussian", "none"]
-    noise_multiplier: Annotated[_Number, Field(ge=0)]
-    clip: Annotated[_Number, Field(gt=0)] | None
-    sampling_rate: Annotated[float, Field(gt=0, le=1)]
-    steps: Annotated[int, Field(ge=0)]
-    clients: list[int] | None
-    noise_address: Annotated[str, Field(pattern=r"^[0-9a-f]*$")]
-    release_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-    @field_validator("clients")
-    @classmethod
-    def _sorted(cls, clients: list[int] | None) -> list[int] | None:
-        """The order in which clients answer is chance, and a replay must write the same line."""
-        return None if clients is None else sorted(clients)
-
 
 _Content = TypeVar("_Content", Opening, Release)
 
@@ -126,11 +45,12 @@ class Ledger:
         self._rounds: dict[int, Release] = {}
         self._address_round: dict[str, int] = {}
         self._expected: list[tuple[Release, str]] = []
-        self.opening = _read(Opening, lines[0], 0, GENESIS, path)
-        _check_opening(self.opening)
+        self._participants = Participants(path)
+        self.opening = _read(Opening, lines[0], 0, GENESIS, path, None)
+        check_opening(self.opening)
         self._head = previous = _hash_of(lines[0])
         for index, line in enumerate(lines[1:], start=1):
-            release = _read(Release, line, index, previous, path)
+            release = _read(Release, line, index, previous, path, self._participants)
             previous = _hash_of(line)
             if index < kept:
                 self._check(release, f"{path}, line {index + 1}")
@@ -146,7 +66,7 @@ class Ledger:
             LedgerError: The file exists, or unit, trust, adjacency and delta do not belong together.
             PrivacyRefusal: The sampler of the protected unit is not one that is accounted (refusal R3).
         """
-        _check_opening(opening)
+        check_opening(opening)
         line = _line(0, opening, GENESIS)
         try:
             with path.open("xb") as file:
@@ -212,6 +132,7 @@ class Ledger:
             del self._expected[0]
             self._accept(release, line_hash)
             return
+        self._participants.write(release)  # first: a line whose participants are lost could not be accounted
         line = _line(len(self), release, self._head)
         with self.path.open("r+b") as file:
             if file.seek(0, os.SEEK_END) != self._size:
@@ -246,7 +167,7 @@ class Ledger:
 
     def _check(self, release: Release, where: str) -> None:
         """Raise LedgerError unless the release may follow the lines that are there."""
-        problem = _release_problem(release, self.opening)
+        problem = release_problem(release, self.opening)
         used_in = self._address_round.get(release.noise_address)
         last = next(reversed(self._rounds), 0)
         if problem is None and used_in is not None:
@@ -255,6 +176,52 @@ class Ledger:
             problem = f"round {release.round} comes after round {last}, but rounds must grow"
         if problem is not None:
             raise LedgerError(f"{where}: {problem}.")
+
+
+class Participants:
+    """The private file that says who took part in each round, in the order of the ledger's lines."""
+
+    def __init__(self, ledger: Path) -> None:
+        self.path = ledger.parent / "private" / "participants.jsonl"
+        self._known: dict[int, tuple[list[int], str]] = {}
+        data = self.path.read_bytes() if self.path.exists() else b""
+        self._whole = data.rfind(b"\n") + 1  # a torn line was never synced, so nothing was released after it
+        for line in data[: self._whole].splitlines():
+            entry = json.loads(line)
+            self._known[entry["round"]] = (entry["clients"], entry["salt"])
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, number: int) -> tuple[list[int], str]:
+        """Return the clients of a round and the salt of their hash; LedgerError if they are not there."""
+        if number not in self._known:
+            raise LedgerError(
+                f"{self.path} does not say who took part in round {number}; without it (as in a public export) the "
+                "epsilon of this ledger cannot be computed again."
+            )
+        return self._known[number]
+
+    def write(self, release: Release) -> None:
+        """Add a release's clients; those of a repeated round are there already and must be the same."""
+        if release.clients is None:
+            return
+        entry = (release.clients, release.salt)
+        if release.round in self._known:
+            if self._known[release.round] != entry:
+                raise LedgerError(f"{self.path}: round {release.round} is repeated with other clients.")
+            return
+        self.path.parent.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(descriptor, self._whole)
+            os.lseek(descriptor, 0, os.SEEK_END)
+            line = _canonical({"round": release.round, "clients": release.clients, "salt": release.salt})
+            _write_through(descriptor, line)
+            self._whole += len(line) + 1
+        finally:
+            os.close(descriptor)
+        self._known[release.round] = entry
 
 
 def release_hash(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
@@ -282,6 +249,8 @@ def _canonical(fields: Mapping[str, Any]) -> str:
 def _line(index: int, content: Opening | Release, previous: str) -> str:
     kind = type(content).__name__.lower()
     fields = {**content.model_dump(), "index": index, "kind": kind, "previous": previous}
+    if isinstance(content, Release):
+        fields["participants"] = content.participants
     return _canonical({**fields, "hash": hashlib.sha256(_canonical(fields).encode()).hexdigest()})
 
 
@@ -321,7 +290,9 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _read(model: type[_Content], line: str, index: int, previous: str, path: Path) -> _Content:
+def _read(
+    model: type[_Content], line: str, index: int, previous: str, path: Path, participants: Participants | None
+) -> _Content:
     """Verify one line's place in the chain and read its content."""
     where, kind = f"{path}, line {index + 1}", model.__name__.lower()
     try:
@@ -334,45 +305,12 @@ def _read(model: type[_Content], line: str, index: int, previous: str, path: Pat
         place = (fields.pop("previous"), fields.pop("index"), fields.pop("kind"))
         if place != (previous, index, kind):
             raise LedgerError(f"{where}: not the {kind} that follows here; a line was edited, removed or moved.")
-        return model.model_validate_json(_canonical(fields))
+        if participants is not None:
+            stated = fields.pop("participants")
+            fields["clients"], fields["salt"] = participants.read(fields["round"]) if stated else (None, "")
+        content = model.model_validate_json(_canonical(fields))
+        if isinstance(content, Release) and content.participants != stated:
+            raise LedgerError(f"{where}: who took part, in {participants}, is not what this line was written for.")
+        return content
     except (ValueError, KeyError, AttributeError, TypeError) as error:  # pydantic's error is a ValueError
         raise LedgerError(f"{where}: not a ledger line ({error}).") from error
-
-
-def _check_opening(opening: Opening) -> None:
-    if opening.trust != TRUST[opening.unit] or opening.adjacency != ADJACENCY[opening.unit]:
-        raise LedgerError(
-            f"unit {opening.unit} needs trust {TRUST[opening.unit]!r} and adjacency {ADJACENCY[opening.unit]!r}, "
-            f"not {opening.trust!r} and {opening.adjacency!r}."
-        )
-    if (opening.delta is None) != (opening.unit == "none"):
-        raise LedgerError(f"unit {opening.unit} with delta {opening.delta}: delta belongs to units record and user.")
-    if _unit_sampling(opening) == "fixed":
-        raise PrivacyRefusal(
-            f"unit {opening.unit} with samples of a fixed size: the accountant covers Poisson sampling (or taking all) "
-            f"only; draw {opening.unit}s by Poisson sampling."
-        )
-
-
-def _unit_sampling(opening: Opening) -> Sampling | None:
-    return {"user": opening.client_sampling, "record": opening.record_sampling, "none": None}[opening.unit]
-
-
-def _release_problem(release: Release, opening: Opening) -> str | None:
-    """What is wrong with a release under this opening, or None."""
-    noised = release.mechanism == "gaussian"
-    if noised != (release.noise_multiplier > 0) or noised != (release.noise_address != ""):
-        return "mechanism gaussian needs a noise multiplier above 0 and a noise address, mechanism none neither"
-    if noised and (release.clip is None or release.steps < 1):
-        return "mechanism gaussian needs a clip and one step or more"
-    if opening.unit == "user" and release.clients is not None:
-        return "a user-level ledger must not say who took part: participation is secret there"
-    if opening.unit != "user" and release.clients is None:
-        return f"unit {opening.unit} needs the list of clients that sent something"
-    if release.clients is not None and len(set(release.clients)) != len(release.clients):
-        return "a client is listed twice"
-    if opening.unit == "user" and release.steps != 1:
-        return "unit user has one noised step per release"
-    if _unit_sampling(opening) == "all" and release.sampling_rate != 1:
-        return f"sampling rate {release.sampling_rate}, but the opening says that every {opening.unit} takes part"
-    return None
