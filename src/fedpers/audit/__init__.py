@@ -1,0 +1,1 @@
+"""Audits: what an attacker's success on planted canaries says about a claimed epsilon."""
