@@ -36,6 +36,7 @@ class Clients:
         self.model, self.examples, self.store = model, model.examples, store
         self._secret = secret
         self.shared_names = model.names(plan.shared)
+        self.phases: Sequence[tuple[int, Phase]] = tuple(enumerate(plan.round))  # with their places in the addresses
         self.stats = Stats()  # the simulator's own channel
         self.nonfinite_updates = 0
 
@@ -54,7 +55,7 @@ class Clients:
             copies = self.model.broadcast(len(cohort), start) | kept if self.plan.twins else parameters
             before, before_copies = _clone(parameters), _clone(copies)
             received = self.model.broadcast(len(cohort), start)
-            for index, phase in enumerate(self.plan.round):
+            for index, phase in self.phases:
                 address = ("round", round_number, index)
                 if phase.own:
                     self.stats.add(self._train(copies, cohort, phase, address, anchors=received))

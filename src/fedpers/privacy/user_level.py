@@ -79,8 +79,14 @@ class UserLevelServer:
             multiplier = split_noise(multiplier, guarantee.adaptive.bit_noise)
         return gaussian_mean(
             updates, self.shapes, self.group_of, clip=self.clip, noise_multiplier=multiplier,
-            noise=self._noise(number) if multiplier > 0 else None, **common,
+            noise=self.noise(number) if multiplier > 0 else None, **common,
         )  # fmt: skip
+
+    def noise(self, number: int) -> dict[str, NDArray[np.float64]]:
+        """Return a round's noise before it is scaled by noise multiplier and clip."""
+        if self._banded is not None:
+            return unflatten(self._banded.at(number), self.shapes)
+        return standard_normals(self.shapes, generator(self._key, "user-noise", number))
 
     def advance(self, number: int, released: Aggregate) -> float | None:
         """Set the next round's clip and noise from what was released; returns the noised bit fraction, if any."""
@@ -106,11 +112,6 @@ class UserLevelServer:
     def _normals(self, number: int) -> NDArray[np.float64]:
         size = sum(math.prod(shape) for shape in self.shapes.values())
         return generator(self._key, "user-noise", number).standard_normal(size)
-
-    def _noise(self, number: int) -> dict[str, NDArray[np.float64]]:
-        if self._banded is not None:
-            return unflatten(self._banded.at(number), self.shapes)
-        return standard_normals(self.shapes, generator(self._key, "user-noise", number))
 
     def _signal_to_noise(self, released: Aggregate) -> float:
         """Estimate squared signal over squared noise from the released mean alone."""

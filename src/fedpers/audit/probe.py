@@ -1,0 +1,312 @@
+"""Checks of the mechanism itself: what one record or one user can do, and whether the noise is what the ledger says.
+
+Every check runs the production path twice with the same coins and one thing changed, and compares what is released.
+They are no statistics on epsilon: a check either holds or shows a bug, at the configuration it was run for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from fedpers.audit.bench import Arrays, Bench, Trace, flat, slice_of
+from fedpers.audit.bounds import Finding
+from fedpers.audit.recount import recount
+from fedpers.cohort.clients import Clients
+from fedpers.config import Config, LearningRates
+from fedpers.methods.base import Phase
+from fedpers.privacy.adaptive_clip import split_noise
+from fedpers.privacy.mechanisms import clip_update
+from fedpers.reporting import Reporter
+
+TOLERANCE = 1e-4  # of a clip; sums are fp32
+SURE = 1e-9  # a chance finding of a statistical check is this unlikely
+ROUNDS, SAMPLED_ROUNDS = 3, 60
+
+
+def probe(config: Config, reporter: Reporter | None = None) -> list[Finding]:
+    """Check sensitivity, noise and accounting of a configuration on a slice of its people.
+
+    Returns one finding of kind "check" for each; its `claimed` is what is allowed and `empirical` what was measured.
+
+    Raises:
+        FedpersError: the configuration itself is refused, or cannot be run.
+    """
+    config = slice_of(config)
+    if config.privacy.unit == "record":  # step size 1, so that a reply is the step's noised sum
+        plain = {"optimizer": "sgd", "lr": LearningRates(adapter=1.0, head=1.0)}
+        config = config.model_copy(
+            update={
+                "local": config.local.model_copy(update=plain),
+                "personal": config.personal.model_copy(update=plain),
+            }
+        )
+    with TemporaryDirectory() as folder:
+        bench = Bench(config, Path(folder), reporter)
+        if not bench.experiment.plan.shared:
+            return [_finding("nothing is shared", bench, "release", 0.0, 0.0, "No message leaves, so none is checked.")]
+        if config.privacy.unit == "none":
+            return [_finding("no guarantee", bench, "release", 0.0, 0.0, "Nothing is claimed, so nothing is checked.")]
+        if config.privacy.unit == "record":
+            found = [*_record_sensitivity(bench), *_record_noise(bench)]
+        else:
+            found = [*_user_sensitivity(bench), *_sampler(bench), *_user_noise(bench)]
+        return [*found, *recount(bench.ledger)]
+
+
+def violations(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings that show a claim to be false."""
+    return [finding for finding in findings if finding.verdict == "violation"]
+
+
+# ---------------------------------------------------------------- one record
+
+
+def _record_phases(bench: Bench) -> Iterator[tuple[Phase, list[tuple[int, Phase]]]]:
+    """Each noised phase, after the phases before it that run without noise; earlier noised ones compose."""
+    plan, before = bench.experiment.plan, list[tuple[int, Phase]]()
+    for index, phase in enumerate(plan.round):
+        if plan.protected(phase):
+            yield phase, [*before, (index, phase)]
+        elif not phase.own:
+            before.append((index, phase))
+
+
+def _one_step(bench: Bench, clients: Clients, phase: Phase, number: int = 1) -> NDArray[np.float64]:
+    """What one step of every client adds up in the groups of a phase, (users, numbers)."""
+    start = bench.start()
+    users = range(len(clients.examples.users))
+    replies = clients.train_round(number, users, start)
+    kept, rows = clients.store.drain()
+    initial = {name: clients.model.initial[name].numpy() for name in rows}
+    moved = {name: start[name][None] - reply for name, reply in replies.items()}
+    moved |= {name: initial[name][None] - row for name, row in rows.items() if name not in replies}
+    names = [name for name in clients.model.names(phase.train) if name in moved]
+    assert kept == list(users) or not rows
+    return np.concatenate([moved[n].reshape(len(users), -1).astype(np.float64) for n in sorted(names)], axis=1)
+
+
+def _record_sensitivity(bench: Bench) -> list[Finding]:
+    """Take one record away, from the raw data on for one and from the rows for more: only its owner's sum may move."""
+    clip, examples = bench.experiment.guarantee.clip, bench.experiment.examples
+    assert clip is not None
+    found = []
+    for phase, phases in _record_phases(bench):
+        quiet = {"noise_multiplier": 0.0, "steps": 1, "denominator": 1.0, "rate": 1.0}
+        whole = _one_step(bench, bench.clients(quiet, phases=phases), phase)
+        own, others = 0.0, 0.0
+        for user in range(0, len(examples.users), 3):
+            for row in examples.train[user][:2]:
+                train = list(examples.train)
+                train[user] = train[user][train[user] != row]
+                clients = bench.clients(quiet, phases=phases, examples=replace(examples, train=tuple(train)))
+                change = np.linalg.norm(_one_step(bench, clients, phase) - whole, axis=1) / clip
+                own, others = max(own, change[user]), max(others, *np.delete(change, user))
+        user = len(examples.users) - 1
+        world = bench.without(user, bench.experiment.federation.train[user][0])
+        change = np.linalg.norm(
+            _one_step(bench, bench.clients(quiet, phases=phases, world=world), phase) - whole, axis=1
+        )
+        own, others = max(own, change[user] / clip), max(others, *(np.delete(change, user) / clip))
+        what = f"{phase}"
+        found += [
+            _finding("sensitivity of one record", bench, what, 1.0, own,
+                     "Largest change of its owner's sum of one step when one record is taken away, in clips."),
+            _finding("one record, other clients", bench, what, 0.0, others,
+                     "Largest change of any other client's sum when one record is taken away, in clips."),
+        ]  # fmt: skip
+    return found
+
+
+def _record_noise(bench: Bench) -> list[Finding]:
+    """One step with noise, less the same without: standard normal, and another one for each client, round and phase."""
+    guarantee = bench.experiment.guarantee
+    bench.rounds(bench.clients(), ROUNDS, start=bench.start())  # a ledger of the production path
+    line = bench.ledger.releases[0]
+    assert line.clip is not None
+    draws = []
+    for phase, phases in _record_phases(bench):
+        common, last = {"steps": 1, "denominator": 1.0}, phases[-1:]
+        for number in (1, 2):
+            noisy = _one_step(bench, bench.clients(common, phases=last), phase, number)
+            quiet = {**common, "noise_multiplier": 0.0}
+            draws += list(noisy - _one_step(bench, bench.clients(quiet, phases=last), phase, number))
+    return _noise_findings(bench, draws, line.noise_multiplier * line.clip, guarantee.noise_multiplier > 0)
+
+
+# ---------------------------------------------------------------- one user
+
+
+def _user_sensitivity(bench: Bench) -> list[Finding]:
+    """Leave one user without records: the clean sum moves by a clip, and the broadcast by what noise could do."""
+    guarantee, config = bench.experiment.guarantee, bench.config
+    start = bench.start()
+    summed = guarantee.server_sums
+    quiet = {} if guarantee.trust == "user-central" else {"noise_multiplier": 0.0}  # else noise is in the replies
+    everyone = bench.rounds(bench.clients(quiet), 1, start=start)
+    took_part = sorted(everyone.replies[0])
+    worlds = [(took_part[0], True), *((user, False) for user in took_part[1:4])]
+    moved, coupled, allowed = 0.0, 0.0, float(2 if guarantee.trust == "user-local" else 1)
+    for user, raw in worlds:
+        train = list(bench.experiment.examples.train)
+        train[user] = train[user][:0]
+        changed: dict[str, Any] = {"examples": replace(bench.experiment.examples, train=tuple(train))}
+        if raw:
+            changed = {"world": bench.without(user)}
+        less = bench.rounds(bench.clients(quiet, **changed), 1, start=start)
+        assert everyone.releases[0].clip is not None
+        scale = guarantee.denominator / everyone.releases[0].clip if summed else 1 / everyone.releases[0].clip
+        moved = max(moved, scale * _distance(everyone, less, summed))
+        if guarantee.trust == "user-central":
+            multiplier = everyone.releases[0].noise_multiplier
+            if everyone.releases[0].bit_noise is not None:
+                multiplier = split_noise(multiplier, everyone.releases[0].bit_noise)
+            if multiplier > 0:
+                shift = _difference(everyone.clean[0], less.clean[0], scale / multiplier)
+                again = bench.rounds(bench.clients(quiet, **changed), 1, start=start, shift=[shift])
+                step = np.linalg.norm(flat(everyone.broadcasts[1]) - flat(start))
+                gap = np.linalg.norm(flat(again.broadcasts[1]) - flat(everyone.broadcasts[1]))
+                coupled = max(coupled, float(gap / step))
+    found = [
+        _finding("sensitivity of one user", bench, "sum" if summed else "reply", allowed, moved,
+                 "Largest change when one user has no records any more, in clips, everything else being equal."),
+    ]  # fmt: skip
+    if guarantee.trust == "user-central":
+        found.append(
+            _finding("one user at the broadcast", bench, config.server.strategy, 0.0, coupled,
+                     "Broadcasts with and without a user, the noise making up for the difference of the sums, relative "
+                     "to the step: equal exactly if the server's optimizer sees nothing but the noised mean.")
+        )  # fmt: skip
+    return found
+
+
+def _distance(everyone: Trace, less: Trace, summed: bool) -> float:
+    """How far one round's clean mean, or any single reply, moved."""
+    if summed:
+        return float(np.linalg.norm(flat(everyone.clean[0]) - flat(less.clean[0])))
+    replies = zip(everyone.replies[0].values(), less.replies[0].values(), strict=True)
+    return max(float(np.linalg.norm(flat(one) - flat(other))) for one, other in replies)
+
+
+def _difference(one: Arrays, other: Arrays, scale: float) -> dict[str, NDArray[np.float64]]:
+    return {name: scale * (np.asarray(one[name], dtype=np.float64) - other[name]) for name in one}
+
+
+def _user_noise(bench: Bench) -> list[Finding]:
+    """Some rounds' noise, less the clean mean: standard normal in units of the ledger, and fresh in each round."""
+    guarantee = bench.experiment.guarantee
+    trace = bench.rounds(bench.clients(), ROUNDS, start=bench.start())
+    if guarantee.trust == "user-central":
+        rows = []
+        for noised, clean, line in zip(trace.noised, trace.clean, trace.releases, strict=True):
+            assert line.clip is not None
+            multiplier = (
+                line.noise_multiplier if line.bit_noise is None else split_noise(line.noise_multiplier, line.bit_noise)
+            )
+            noise = (flat(noised) - flat(clean)) * guarantee.denominator
+            rows.append(noise / (multiplier * line.clip) if multiplier else noise)
+        # C Y = Z: what is released is Y, what is fresh is Z
+        bands = np.array(guarantee.bands or (1.0,))
+        draws = [np.tensordot(bands[: t + 1], np.array(rows[t::-1][: len(bands)]), 1) for t in range(len(rows))]
+        return _noise_findings(bench, draws, 1.0, trace.releases[0].noise_multiplier > 0)
+    draws = [row for number in (1, 2) for row in _reply_noise(bench, number)]
+    line = trace.releases[0]
+    assert line.clip is not None
+    expected = line.noise_multiplier * line.clip / math.sqrt(guarantee.honest or 1)
+    return _noise_findings(bench, draws, expected, line.noise_multiplier > 0)
+
+
+def _reply_noise(bench: Bench, number: int) -> Iterator[NDArray[np.float64]]:
+    """Replies less what the same clients would send if they clipped their updates and added nothing."""
+    start, clip = bench.start(), bench.experiment.guarantee.clip
+    assert clip is not None
+    noisy, clean = bench.clients(), bench.clients({"noise_multiplier": 0.0})
+    users = range(len(noisy.examples.users))
+    sent, quiet = noisy.train_round(number, users, start), clean.train_round(number, users, start)
+    for user in users:
+        update = {name: quiet[name][user] - start[name] for name in start}
+        kept, _ = clip_update(update, clip, bench.experiment.guarantee.per_layer)
+        yield flat({name: sent[name][user] - start[name] - kept[name] for name in start})
+
+
+# ---------------------------------------------------------------- findings
+
+
+def _noise_findings(
+    bench: Bench, draws: Sequence[NDArray[np.float64]], deviation: float, noised: bool
+) -> list[Finding]:
+    """Test the noise of some releases against independent normals of the deviation that the ledger promises."""
+    if not noised:
+        detail = "The ledger claims no noise and no guarantee."
+        return [_finding("noise", bench, "release", 0.0, 0.0, detail)]
+    sizes = [draw.size for draw in draws]
+    squares = [float(np.sum(np.square(draw))) / deviation**2 for draw in draws]
+    measured = math.sqrt(sum(squares) / sum(sizes))
+    # Less noise than promised is a violation, more is not.
+    chances = [stats.chi2.cdf(square, size) * len(draws) for square, size in zip(squares, sizes, strict=True)]
+    chance = min(float(stats.chi2.cdf(sum(squares), sum(sizes))), *map(float, chances))
+    pairs = list(combinations(draws, 2))
+    largest = max((_alike(one, other) for one, other in pairs), default=0.0)
+    limit = float(stats.norm.isf(SURE / (2 * max(len(pairs), 1))))
+    common: dict[str, Any] = {
+        "what": "release", "unit": bench.config.privacy.unit, "delta": None, "ceiling": math.nan, "kind": "check"
+    }  # fmt: skip
+    return [
+        Finding(
+            name="noise", claimed=1.0, empirical=measured, verdict="violation" if chance < SURE else "consistent",
+            detail="Deviation of the noise over what the ledger says; less than 1 beyond chance is too little.",
+            numbers={"chance": chance, "numbers": float(sum(sizes))}, **common,
+        ),
+        Finding(
+            name="fresh noise", claimed=limit, empirical=largest,
+            verdict="violation" if largest > limit else "consistent",
+            detail="Largest correlation of the noise of two releases, of different rounds, clients or phases, in "
+            "standard deviations of chance.",
+            numbers={"releases": float(len(draws))}, **common,
+        ),
+    ]  # fmt: skip
+
+
+def _alike(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Correlation of two draws over the length that they share, in standard deviations of chance."""
+    size = min(one.size, other.size)
+    one, other = one[:size], other[:size]
+    length = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return abs(float(one @ other)) / length * math.sqrt(size) if length else 0.0
+
+
+def _sampler(bench: Bench) -> list[Finding]:
+    """Count whom the strategy asks over many rounds, where secret sampling is credited."""
+    guarantee, users = bench.experiment.guarantee, len(bench.experiment.examples.users)
+    if guarantee.amplification != "clients" or guarantee.rate == 1 or bench.config.client_sampling != "poisson":
+        return []
+    asked = sum(bench.sampled(SAMPLED_ROUNDS)) / (SAMPLED_ROUNDS * users)
+    spread = math.sqrt(guarantee.rate * (1 - guarantee.rate) / (SAMPLED_ROUNDS * users))
+    off = abs(asked - guarantee.rate) / spread
+    limit = float(stats.norm.isf(SURE))
+    return [
+        Finding(
+            name="client sampling", what=f"{SAMPLED_ROUNDS} rounds", unit=bench.config.privacy.unit, claimed=limit,
+            delta=None, empirical=off, ceiling=math.nan, kind="check",
+            verdict="violation" if off > limit else "consistent",
+            detail="How far the share of clients that are asked is from the rate that is credited, in standard "
+            "deviations.", numbers={"asked": asked, "rate": guarantee.rate},
+        )
+    ]  # fmt: skip
+
+
+def _finding(name: str, bench: Bench, what: str, allowed: float, measured: float, detail: str) -> Finding:
+    holds = measured <= allowed + TOLERANCE * max(1.0, allowed)
+    return Finding(
+        name=name, what=what, unit=bench.config.privacy.unit, claimed=allowed, delta=None, empirical=float(measured),
+        ceiling=math.nan, kind="check", verdict="consistent" if holds else "violation", detail=detail, numbers={},
+    )  # fmt: skip
