@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from fedpers.errors import FedpersError
+from fedpers.errors import ConfigError, FedpersError
 from fedpers.models.assets_cli import app as assets_app
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -60,11 +60,21 @@ def run(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods."""
+def methods(
+    guarantees: Annotated[
+        bool, typer.Option("--guarantees", help="Who is protected from whom, and which methods are allowed.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the guarantees as Markdown.")] = False,
+) -> None:
+    """List the methods, or what they can promise to whom."""
     from fedpers.methods.base import Method
     from fedpers.registry import find, names
 
+    if markdown and not guarantees:
+        raise ConfigError("methods: --markdown is a form of --guarantees; give both.")
+    if guarantees:
+        _print_guarantees(names("methods"), markdown)
+        return
     table = Table("method", "adapter", "head", "what it does")
     for name in names("methods"):
         method = find("methods", name, Method)
@@ -79,7 +89,7 @@ def privacy_plan(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = load_config(config, overrides or [])
     from fedpers.experiment import prepare, shared_sizes
-    from fedpers.privacy.guarantee import plan_table
+    from fedpers.privacy.guarantee import plan_notes, plan_table
 
     experiment = prepare(settings)
     guarantee = experiment.guarantee
@@ -90,11 +100,13 @@ def privacy_plan(config: ConfigPath, overrides: Overrides = None) -> None:
     out.print(
         f"unit {guarantee.unit}, trust {guarantee.trust}, adjacency {guarantee.adjacency}\n"
         f"target epsilon {experiment.config.privacy.epsilon:g}, delta {guarantee.delta:g}; noise multiplier "
-        f"{guarantee.noise_multiplier:.4f}, clip {guarantee.clip}, Poisson rate {guarantee.rate:g}, "
+        f"{guarantee.noise_multiplier:.4f}, clip {guarantee.clip}, {_credited(guarantee)}, "
         f"{guarantee.releases} noised steps, divided by {guarantee.denominator:g}\n"
         f"personal state: {guarantee.head_policy}",
         highlight=False,
     )
+    for line in plan_notes(guarantee, experiment.config):
+        out.print(line, highlight=False)
     table = Table("shared group", "numbers", "noise norm / clip", "noise norm / largest possible mean")
     for row in plan_table(guarantee, shared_sizes(experiment)):
         table.add_row(
@@ -102,6 +114,31 @@ def privacy_plan(config: ConfigPath, overrides: Overrides = None) -> None:
         )
     out.print(table)
     out.print("This is a plan. The claim of a run is computed from its ledger.", highlight=False)
+
+
+@app.command()
+def audit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="A new directory; by default runs/NAME-audit, numbered.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Only check the mechanism; trains next to nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+) -> None:
+    """Attack the claim: checks, canaries, membership, inversion; exit code 1 if it is found to be false."""
+    from fedpers.config import load_config
+    from fedpers.reporting import reporter
+
+    settings = load_config(config, overrides or [])
+    from fedpers.audit.command import audit as run_audit
+    from fedpers.audit.command import print_audit
+    from fedpers.simulation import free_directory
+
+    place = out or free_directory(Path("runs"), f"{settings.name}-audit")
+    with closing(reporter(Console(stderr=True), quiet)) as progress:
+        found = run_audit(settings, place, probe_only=probe, reporter=progress)
+    print_audit(found, place, Console())
+    if found.violations:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -120,6 +157,16 @@ def export(
         raise RunDirectoryError("export: say --public; copying private state is not what export is for.")
     for name in export_public(run_directory, out):
         typer.echo(out / name)
+
+
+def _print_guarantees(known: list[str], markdown: bool) -> None:
+    from fedpers import guarantees
+
+    modes = guarantees.guarantees(known)
+    if markdown:
+        typer.echo(guarantees.markdown(modes, known), nl=False)
+    else:
+        Console().print(guarantees.table(modes, known))
 
 
 def _print_run(found: Any) -> None:
@@ -152,6 +199,12 @@ def _print_run(found: Any) -> None:
     for path in sorted((found.path / "figures").glob("*.png")):
         out.print(f"figure: {path}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"run directory: {found.path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _credited(guarantee: Any) -> str:
+    if guarantee.amplification == "none":
+        return "no amplification by sampling"
+    return f"{guarantee.amplification} sampled with rate {guarantee.rate:g}"
 
 
 def _why_no_noise(experiment: Any) -> str:

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
@@ -311,9 +311,10 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     model: Any = Config
     for part in path:
         field = model.model_fields.get(part)
-        model = field.annotation if field is not None else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return list(FrontierConfig.model_fields) if part == "frontier" else []
+        choices = [] if field is None else [field.annotation, *get_args(field.annotation)]  # a section may be optional
+        model = next((one for one in choices if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        if model is None:
+            return []
     return list(model.model_fields)
 
 

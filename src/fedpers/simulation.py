@@ -109,7 +109,9 @@ def simulate(
         reporter.message(f"no picture: frontier.methods is {drawn}; frontier.methods=[{config.method}] draws this one")
         config = config.model_copy(update={"frontier": None})
         experiment = replace(experiment, config=config)
-    directory = _open(config, Path(out) if out is not None else _free(Path("runs"), config.name, resume), resume)
+    directory = _open(
+        config, Path(out) if out is not None else free_directory(Path("runs"), config.name, resume), resume
+    )
     if directory.finished:
         reporter.message(f"{directory.path}: this run is finished already")
         return load(directory.path, config)
@@ -209,8 +211,8 @@ def _open(config: Config, path: Path, resume: bool) -> RunDirectory:
     return directory
 
 
-def _free(parent: Path, name: str, resume: bool) -> Path:
-    """`runs/NAME`, or the first `runs/NAME-2`, `-3`, ... that is free; with resume the latest that was stopped."""
+def free_directory(parent: Path, name: str, resume: bool = False) -> Path:
+    """Return `parent/NAME`, or the first free `NAME-2`, `NAME-3`, ...; to resume, the latest that was stopped."""
     names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
     first = next(index for index, one in enumerate(names) if not (parent / one).exists())
     if not resume or first == 0:

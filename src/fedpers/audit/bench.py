@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, result_text
 from fedpers.data import Record
-from fedpers.experiment import Experiment, Reuse, build_model, prepare
+from fedpers.experiment import Experiment, build_model, prepare
 from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy
@@ -113,13 +114,13 @@ class Bench:
         self.experiment = prepare(config)
         self.secret = secret_key(config.privacy.secret)
         self.server_key, self.clients_key = run_keys(self.secret, result_text(config))
-        self._reuse, self._made = Reuse(), 0
+        self._made = 0
         self._rebuilt: tuple[Experiment, CohortModel] | None = None
 
-    @property
+    @cached_property
     def model(self) -> CohortModel:
-        """The slice's model; built once."""
-        return build_model(self.experiment, self.reporter, self._reuse)
+        """The slice's model."""
+        return build_model(self.experiment, self.reporter)
 
     def start(self) -> Arrays:
         """Return a broadcast off the initial values, so that every factor has a gradient."""
@@ -197,7 +198,7 @@ class Bench:
 
     def _model_of(self, world: Experiment) -> CohortModel:
         if self._rebuilt is None or self._rebuilt[0] is not world:
-            self._rebuilt = world, build_model(world, self.reporter, Reuse())
+            self._rebuilt = world, build_model(world, self.reporter)
         return self._rebuilt[1]
 
 

@@ -174,7 +174,7 @@ def claim_from(
     noised = [release for release in releases if release.mechanism == "gaussian"]
     clips = {release.clip for release in releases if release.clip is not None}
     rates = {release.sampling_rate for release in noised}
-    against, not_against = _adversaries(opening, found.total)
+    against, not_against = adversaries(opening, found.total)
     claim = Claim(
         unit=opening.unit,
         trust=opening.trust,
@@ -259,8 +259,13 @@ def _rate(rates: set[float]) -> str:
     return f"{_single(rates):g}" if len(rates) == 1 else "as in the ledger"
 
 
-def _adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
-    """Whom the numbers hold against, and whom not (reference: table 2.5)."""
+def adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
+    """Whom a claim holds against, and whom or what it does not cover (reference: table 2.5).
+
+    Args:
+        opening: the ledger's opening line.
+        total: epsilon of all releases together; infinity covers nobody.
+    """
     others, personal = (
         ["other clients", "recipients of the shared model"],
         "whoever obtains or queries a user's personal model",

@@ -58,14 +58,14 @@ class Forecast(BaseModel):
 
 
 def forecast_from(ledger: Ledger) -> Forecast | None:
-    """Return the forecast that a ledger's releases allow, or None where none was asked for.
+    """Return the forecast that a ledger's releases allow, or None where none was asked for or nothing was released.
 
     Raises:
         LedgerError: the releases are not those of a user-level run with Poisson sampling.
         PrivacyRefusal: delta is too large for the supposed population.
     """
     opening, releases = ledger.opening, ledger.releases
-    if opening.simulated_population is None:
+    if opening.simulated_population is None or not releases:
         return None
     if opening.delta is None or opening.amplification != "clients" or opening.client_sampling not in {"poisson", "all"}:
         raise LedgerError("a forecast needs user-level releases with Poisson client sampling.")

@@ -29,10 +29,12 @@ from fedpers.privacy.ledger_lines import (
     Sampling,
     Secret,
 )
-from fedpers.privacy.matrix_noise import coefficients, sensitivity
+from fedpers.privacy.matrix_noise import coefficients, error_factor, sensitivity
 from fedpers.privacy.refusals import check_setup, server_sums
 from fedpers.privacy.renyi import RdpFilter, calibrate_fixed_size, choose_filter
 from fedpers.privacy.sampling import cohort_size, period
+
+SCHEDULE_START = 1.5  # first noise of schedule=signal over the constant noise that fits the filter
 
 
 @dataclass(frozen=True)
@@ -183,13 +185,42 @@ def plan_table(guarantee: Guarantee, sizes: Mapping[str, int]) -> list[dict[str,
     return rows
 
 
+def plan_notes(guarantee: Guarantee, config: Config) -> list[str]:
+    """What the numbers of a plan leave open, in sentences."""
+    notes = []
+    if guarantee.bands:
+        every = period(config.client_rate) if config.client_sampling == "cyclic" else 1
+        patterns = [range(1, config.rounds + 1, every)]
+        factor = error_factor(np.array(guarantee.bands), patterns, config.rounds)
+        better = "less" if factor < 1 else "more, so independent noise is the better choice,"
+        notes.append(
+            f"{len(guarantee.bands)} bands: the error of the sums over rounds is {factor:.2f} times that of "
+            f"independent noise without amplification; {better} at the same epsilon."
+        )
+    if guarantee.filter is not None:
+        notes.append(
+            f"Renyi filter of order {guarantee.filter.order:g}: noise starts at {SCHEDULE_START:g} times the "
+            "multiplier above and falls while releases hold little but noise; the rounds end when the filter is full."
+        )
+    if guarantee.amplification == "none" and guarantee.unit == "user":
+        notes.append(
+            "Calibrated to a user who takes part as often as the sampler allows; the claim counts real rounds."
+        )
+    if guarantee.population is not None:
+        notes.append(
+            f"Noise for a forecast of {guarantee.population:,} users, scaled down to this cohort: the claim of this "
+            "run will be far above the target."
+        )
+    return notes
+
+
 def _amplification(config: Config) -> Amplification:
     """Whose secret sampling may be credited (R3, R7): one coin of one kind, and never against who knows it."""
     privacy = config.privacy
     if privacy.unit == "record":
         return "records"  # whoever sees a client's replies knows that it took part: local sampling alone amplifies
     central = privacy.trusted == "user-central"
-    return "clients" if central and privacy.mechanism == "gaussian" and config.client_sampling != "cyclic" else "none"
+    return "clients" if central and privacy.mechanism == "gaussian" and _sampling(config) != "cyclic" else "none"
 
 
 def _adjacency(config: Config) -> str:

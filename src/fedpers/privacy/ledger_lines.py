@@ -207,6 +207,8 @@ def release_problem(release: Release, opening: Opening) -> str | None:
         return "needs the list of clients that took part"
     if release.clients is not None and len(set(release.clients)) != len(release.clients):
         return "a client is listed twice"
+    if opening.unit == "record" and release.steps + release.head_steps < 1:
+        return "unit record has one step or more per release; without one it would count as nothing"
     if opening.unit == "user" and (release.steps != 1 or release.head_steps):
         return "unit user has one noised step per release"
     credited = opening.record_sampling if opening.unit == "record" else opening.client_sampling

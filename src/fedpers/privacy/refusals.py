@@ -60,10 +60,18 @@ def _check_strategy(config: Config) -> None:
     name = config.server.strategy
     if name in OF_SINGLE_REPLIES:
         if server_sums(config):
+            trust = config.privacy.trusted
+            why, out = (
+                ("privacy.clip makes the server give it one mean", "leave privacy.clip out")
+                if trust == "none"
+                else (
+                    f"user-level privacy with trust {trust} gives it the noised mean alone",
+                    "let clients protect what they send (privacy.trust=user-local, or privacy.unit=record)",
+                )
+            )
             raise PrivacyRefusal(
-                f"server.strategy = {name!r} looks at single replies, but user-level privacy with trust "
-                f"{config.privacy.trusted} gives it the noised mean alone; choose one of {', '.join(OF_THE_MEAN)}, or "
-                "let clients protect what they send (privacy.trust=user-local, or privacy.unit=record)."
+                f"server.strategy = {name!r} looks at single replies, but {why}; choose one of "
+                f"{', '.join(OF_THE_MEAN)}, or {out}."
             )
     elif name not in OF_THE_MEAN:
         raise ConfigError(
@@ -137,6 +145,13 @@ def _check_options(config: Config) -> None:
         raise ConfigError(f"{' and '.join(asked)} are not accounted together; choose one.")
     if asked and asked != ["privacy.mechanism=banded"] and config.client_sampling != "poisson":
         raise ConfigError(f"{asked[0]} goes with Poisson client sampling; leave client_sampling out.")
+    if privacy.bands is not None and privacy.unit != "none" and privacy.mechanism != "banded":
+        raise ConfigError("privacy.bands shapes banded noise only; set privacy.mechanism=banded, or leave it out.")
+    if privacy.population is not None and privacy.stop == "budget":
+        raise ConfigError(
+            "privacy.population scales the noise down, so privacy.stop=budget would end the run before its first "
+            "round; leave privacy.stop out."
+        )
     asks = not math.isinf(privacy.epsilon) or privacy.noise_multiplier is not None
     if asked and not asks:
         raise ConfigError(f"{asked[0]} says how noise is used, but there is none; set privacy.epsilon.")

@@ -93,14 +93,37 @@ def check_budget(ledger: Ledger, coming: Release, budget: float) -> None:
 
 
 def composed(ledgers: Sequence[Ledger]) -> float:
-    """Epsilon of several user-level runs with Poisson sampling on the same users together, at the first one's delta."""
-    delta = ledgers[0].opening.delta
-    for ledger in ledgers:
-        poisson = ledger.opening.amplification == "clients" and ledger.opening.client_sampling in {"poisson", "all"}
-        if not poisson or ledger.opening.filter is not None or delta is None:
-            raise LedgerError("only user-level runs with Poisson client sampling and a fixed schedule are composed.")
-    assert delta is not None
-    return epsilon([_event(release) for ledger in ledgers for release in ledger.releases], delta)
+    """Epsilon of several user-level runs of one kind on the same users together, at their delta: an upper bound.
+
+    Raises:
+        LedgerError: runs of another unit, or that differ in trust, sampling or delta.
+    """
+    openings = [ledger.opening for ledger in ledgers]
+    kinds = {(one.unit, one.trust, one.adjacency, one.client_sampling, one.delta, one.population) for one in openings}
+    opening, delta = openings[0], openings[0].delta
+    if len(kinds) != 1 or opening.unit != "user" or delta is None or len({not one.filter for one in openings}) != 1:
+        raise LedgerError("only user-level runs with the same trust, sampling, schedule and delta are composed.")
+    releases = [release for ledger in ledgers for release in ledger.releases]
+    if not releases:
+        return 0.0
+    if any(release.mechanism == "none" for release in releases):
+        return math.inf
+    if opening.amplification == "none":  # each user's Gaussians are one, with the root of the summed squares
+        totals: defaultdict[int, float] = defaultdict(float)
+        for ledger in ledgers:
+            for user, mu in _exposures(ledger.opening, ledger.releases, opening.sensitivity).items():
+                totals[user] += mu**2
+        return gaussian_epsilon(math.sqrt(max(totals.values(), default=0.0)), delta)
+    if opening.filter is not None:
+        filters = [_filter(one) for one in openings]
+        # A Renyi divergence grows with its order, so at the smallest order every filter's budget still holds.
+        lowest = min(filters, key=lambda one: one.order)
+        return math.fsum(one.budget for one in filters) + lowest.epsilon - lowest.budget
+    if opening.client_sampling == "fixed":  # the least noise for all, or no amplification, whichever is less
+        least = min(releases, key=lambda release: release.noise_multiplier)
+        unamplified = gaussian_epsilon(2 * math.hypot(*(1 / release.noise_multiplier for release in releases)), delta)
+        return min(_by_fixed_size(opening, [least] * len(releases), delta).total, unamplified)
+    return epsilon([_event(release) for release in releases], delta)
 
 
 def record_level(opening: Opening, releases: Sequence[Release]) -> float | None:

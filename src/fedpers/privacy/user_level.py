@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.privacy.adaptive_clip import split_noise
-from fedpers.privacy.guarantee import Guarantee
+from fedpers.privacy.guarantee import SCHEDULE_START, Guarantee
 from fedpers.privacy.ledger_lines import Release
 from fedpers.privacy.matrix_noise import BandedNoise
 from fedpers.privacy.mechanisms import Aggregate, Arrays, gaussian_mean, standard_normals, unflatten
 from fedpers.privacy.randomness import derive, fingerprint, generator
 
-SCHEDULE_START, SCHEDULE_STEP = 1.5, 0.8  # first noise over constant noise; factor when releases hold little but noise
+SCHEDULE_STEP = 0.8  # factor on the noise when releases hold little but noise
 
 
 class UserLevelServer:
