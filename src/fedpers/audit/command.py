@@ -12,7 +12,7 @@ from typing import Protocol
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedpers.audit.bounds import Finding
 from fedpers.audit.canaries import user_canary_audit
@@ -148,12 +148,12 @@ def print_audit(found: Audit, out: Path, console: Console) -> None:
     console.print(table)
     others = [finding for finding in found.findings if finding.kind != "check"]
     if others:
-        table = Table("audit", "of", "claimed ε", "found ε", "ceiling", "verdict", box=SIMPLE)
+        columns = (Column(name, no_wrap=True) for name in ("claimed ε", "found ε", "ceiling", "verdict"))
+        table = Table("audit", *columns, box=SIMPLE)
         for one in others:
             empirical = f"{one.empirical:.2f}" + (" (est.)" if one.kind == "estimate" else "")
-            table.add_row(
-                one.name, f"{one.what}, {one.unit}", _number(one.claimed), empirical, _number(one.ceiling), one.verdict
-            )
+            name = f"{one.name}: {one.what} ({one.unit})"
+            table.add_row(name, _number(one.claimed), empirical, _number(one.ceiling), one.verdict)
         console.print(table)
     if found.inversion:
         table = Table("gradient inversion", *(key.replace("_", " ") for key in _RATES), box=SIMPLE)
@@ -161,7 +161,7 @@ def print_audit(found: Audit, out: Path, console: Console) -> None:
             table.add_row(name, *(f"{rates[key]:.2f}" for key in _RATES))
         console.print(table)
     bad = found.violations
-    verdicts = ", ".join(sorted({f"{one.name}: {one.detail}" for one in bad}))
+    verdicts = " ".join(sorted({f"{one.name}: {one.detail}" for one in bad}))
     says = (
         f"VIOLATION: the claim is false. {verdicts}"
         if bad
