@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,24 @@ def tiny(random_tiny_bert: Path, feature_cache: Path, monkeypatch: pytest.Monkey
         return parse_config(tree)
 
     return make
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fedpers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run the program's entry point in this process; returns exit code, standard output and standard error."""
+    from fedpers import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedpers", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capfd.readouterr()
+
+    return call

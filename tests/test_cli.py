@@ -16,14 +16,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from conftest import SECRET
-from fedpers import cli
+from conftest import SECRET, Command
 from fedpers.config import Config, dump_config, load_config
 from fedpers.data.base import Federation
 from fedpers.data.synthetic import Synthetic
 from fedpers.reporting import BarReporter, PlainReporter, Reporter, reporter
 
-Command = Callable[..., tuple[int, str, str]]
 USER = ("privacy.unit=user", "privacy.epsilon=8", "privacy.clip=1", "privacy.delta=1e-3")
 RECORD = ("privacy.unit=record", *USER[1:])
 SHORT = ("engine.threads=1", "rounds=1", "evaluation.local_only=false")
@@ -39,23 +37,6 @@ def work(tmp_path: Path, tiny: Callable[..., Config], monkeypatch: pytest.Monkey
     (folder / "tiny.yaml").write_text(dump_config(tiny()).replace("privacy:\n", f"privacy:\n  secret: {SECRET}\n"))
     assert load_config(folder / "tiny.yaml") == tiny()
     return folder
-
-
-@pytest.fixture
-def fedpers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run the program's entry point in this process; returns exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedpers", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def tree(path: Path) -> dict[str, bytes | None]:

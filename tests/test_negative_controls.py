@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import SECRET
-from fedpers import cli
+from conftest import SECRET, Command
 from fedpers.config import Config, dump_config
 from fedpers.flower import messages as wire
 from fedpers.privacy import refusals
 from flip import flip
-
-Command = Callable[..., tuple[int, str, str]]
 
 USER = {"unit": "user", "epsilon": 4, "delta": 1e-4, "clip": 0.05}
 RECORD = {"unit": "record", "epsilon": 4, "delta": 1e-4, "clip": 0.05}
@@ -176,23 +172,6 @@ def write(tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.Monke
         return tmp_path / "control.yaml"
 
     return make
-
-
-@pytest.fixture
-def fedpers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run the program's entry point in this process; returns exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedpers", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def checks(out: Path) -> dict[str, str]:
