@@ -164,14 +164,15 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
 
     def _synthetic_reply(self, number: int, participants: Sequence[int], received: Sequence[Arrays]) -> Message:
         """Clip, sum, add noise, divide; the result looks to the stock strategy like one client's reply."""
-        honest = self.guarantee.honest
-        if honest is not None and len(participants) < honest:
-            raise PrivacyRefusal(
-                f"round {number}: {len(participants)} clients answered, fewer than the {honest} whose noise shares "
-                "have to be enough, so their sum is not opened; lower privacy.honest in a new run."
-            )
-        server = self._server()
+        honest, server = self.guarantee.honest, self._server()
         updates = [{name: one[name] - self._broadcast[name] for name in self._broadcast} for one in received]
+        # A reply that is not finite counts as zero, and so its share of the noise is gone.
+        whole = sum(all(np.isfinite(array).all() for array in update.values()) for update in updates)
+        if honest is not None and whole < honest:
+            raise PrivacyRefusal(
+                f"round {number}: {whole} clients answered, fewer than the {honest} whose noise shares have to be "
+                "enough, so their sum is not opened; lower privacy.honest in a new run."
+            )
         line = server.planned(number, participants)
         found = server.mean(number, updates)
         fraction = server.advance(number, found)

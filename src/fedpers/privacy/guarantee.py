@@ -129,6 +129,11 @@ def resolve(config: Config, plan: Plan, users: int) -> Guarantee:
     if privacy.population is not None:
         noise *= _forecast_scale(config, users)
     cohort = cohort_size(config.client_sampling, config.client_rate, users)
+    if privacy.trusted == "user-distributed" and cohort < 1:
+        raise ConfigError(
+            f"client_rate={config.client_rate:g}: of {users} users fewer than one takes part in a round on average, "
+            "and privacy.trust=user-distributed needs somebody's noise in each; raise it."
+        )
     adaptive = None
     if privacy.adaptive is not None:
         bits = privacy.adaptive.bit_noise or cohort / 20
