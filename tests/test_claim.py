@@ -248,7 +248,7 @@ def test_user_level_words(tmp_path: Path) -> None:
 def test_record_level_words(tmp_path: Path) -> None:
     made = claim(ledger_of(tmp_path, "record", [{}]))
     assert made.protected_against == [
-        "the server (as long as it asks each client once a round)",
+        "the server (as long as it asks each client once a round, and in no round that the ledger lacks)",
         "other clients",
         "recipients of the shared model",
     ]

@@ -29,9 +29,9 @@ import fedpers.cohort.clients as clients_module
 from conftest import SECRET, opening_fields
 from fedpers import simulation
 from fedpers.cohort.clients import Clients
-from fedpers.config import GROUPS, Config, parse_config, result_text
+from fedpers.config import GROUPS, Config, parse_config
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
-from fedpers.experiment import Reuse, prepare
+from fedpers.experiment import Reuse, build_model, identity, prepare
 from fedpers.methods.base import FROZEN, PERSONAL, SHARED, Method, Phase, Plan, plan
 from fedpers.privacy import user_level
 from fedpers.privacy.dataflow import RECORDS, feedback, flows, leaks
@@ -42,6 +42,7 @@ from fedpers.privacy.refusals import check_setup
 from fedpers.privacy.sampling import cohort_size, draw, period
 from fedpers.privacy.spending import composed, spent
 from fedpers.registry import find, names
+from fedpers.reporting import Reporter
 from fedpers.run_directory import RunDirectory
 from fedpers.simulation import Run, simulate
 from test_resume import CRASHES, Crash, assert_same, crash_at, results
@@ -55,6 +56,12 @@ OTHER_KEY = secret_key("00" * 32)
 SHORT: dict[str, Any] = {"evaluation": {"every": 0, "local_only": False}}
 USER: dict[str, Any] = {"unit": "user", "clip": 0.3, "delta": DELTA, "secret": SECRET}
 RECORD: dict[str, Any] = {"unit": "record", "clip": 0.3, "delta": DELTA, "record_rate": 0.5, "secret": SECRET}
+
+
+def keys_of(config: Config, secret: bytes) -> tuple[bytes, bytes]:
+    """The keys that a run of this configuration makes from a secret."""
+    experiment = prepare(config, REUSE)
+    return run_keys(secret, identity(experiment, build_model(experiment, Reporter(), REUSE)))
 
 
 @pytest.fixture(autouse=True)
@@ -551,7 +558,7 @@ def test_a_round_below_the_honest_minimum_is_not_opened(tiny: Tiny, tmp_path: Pa
         1, initial(enough), lambda user, arrays: arrays if user < experiment.examples.users[4] else None
     )
     assert len(opened.replies) == 4
-    assert [release.clients for release in enough.ledger.releases] == [[0, 1, 2, 3]]
+    assert [release.clients for release in enough.ledger.releases] == [list(range(8))], "who was asked is charged"
     for name, mean in opened.mean().items():  # nothing is added by the server; the divisor stays public
         total = sum(arrays[name].astype(np.float64) - opened.before[name] for arrays in opened.replies.values())
         np.testing.assert_allclose(mean, total / 8, atol=1e-6)
@@ -636,7 +643,7 @@ def test_an_adaptive_clip_is_the_one_on_the_ledger_and_moves_only_afterwards(
     run = go(config, tmp_path / "run")
     monkeypatch.setattr(user_level, "gaussian_mean", made)
     releases = lines(run)[1]
-    key = run_keys(secret_key(SECRET), result_text(config))[0]
+    key = keys_of(config, secret_key(SECRET))[0]
     clips = [release["clip"] for release in releases]
     assert clips[0] == 0.3
     assert max(abs(math.log(b / a)) for a, b in pairwise(clips)) > 0.01
@@ -689,7 +696,7 @@ def test_a_budget_ends_the_run_before_it_is_passed(tiny: Tiny, tmp_path: Path, n
     assert run.rounds.column("epsilon").to_pylist()[-1] == run.claim.epsilon
     # one round more, of those that the sampler would have drawn next, would have passed it
     ledger = Ledger.load(run.path / "ledger.jsonl")
-    server = run_keys(secret_key(SECRET), result_text(config))[0]
+    server = keys_of(config, secret_key(SECRET))[0]
     experiment = prepare(config, REUSE)
     drawn = draw(config.client_sampling, config.client_rate, experiment.examples.users, server, rounds + 1)
     last = ledger.releases[-1]
@@ -897,7 +904,7 @@ def test_a_published_seed_does_not_allow_to_subtract_the_noise(tiny: Tiny, tmp_p
     exported = [ledger["hash"], *(line["hash"] for line in lines(run)[1]), lines(run)[1][0]["noise_address"]]
     guesses = [seed_key(config.seed), *(seed_key(n) for n in range(20)), *map(bytes.fromhex, exported)]
     guesses += [b"", bytes(32), seed_key(config.seed)[:16]]
-    roots = [*guesses, *(key for guess in guesses for key in run_keys(guess, result_text(config)))]
+    roots = [*guesses, *(key for guess in guesses for key in keys_of(config, guess))]
     roots += [derive(guess, who) for guess in guesses for who in ("server", "clients")]
 
     def left(keys: Iterable[bytes]) -> float:
@@ -911,7 +918,7 @@ def test_a_published_seed_does_not_allow_to_subtract_the_noise(tiny: Tiny, tmp_p
     assert len(roots) > 100
     assert left(roots) > 0.5  # hundreds of directions in 33 dimensions: the best takes a quarter away, by chance
     secret = (run.path / "private" / "secret").read_text().strip()
-    keys = run_keys(secret_key(secret), result_text(config))
+    keys = keys_of(config, secret_key(secret))
     if trust == "record-local":
         steps = [generator(keys[1], "round", 1, 0, "noise", user, step).standard_normal(sum(sizes))
                  for user in users for step in range(2)]  # fmt: skip

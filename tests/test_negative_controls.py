@@ -85,6 +85,12 @@ CONTROLS = {
         'generator(self._secret, *address, "noise", step).standard_normal(',
         "fresh noise", {"privacy": RECORD},
     ),
+    "the same noise in two steps": Control(
+        "fedpers.cohort.clients",
+        'generator(self._secret, *address, "noise", self.examples.users[user], step).standard_normal(',
+        'generator(self._secret, *address, "noise", self.examples.users[user], 0).standard_normal(',
+        "fresh noise", {"privacy": RECORD},
+    ),
     "a loss that the batch shares": Control(
         "fedpers.tasks.reply_ranking",
         'return functional.cross_entropy(scores, truth, reduction="none")',

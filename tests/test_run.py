@@ -19,7 +19,7 @@ import yaml
 from conftest import SECRET
 from fedpers import frontier, simulation
 from fedpers.config import Config
-from fedpers.errors import ConfigError, RunDirectoryError
+from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpers.experiment import Reuse, build_model, prepare
 from fedpers.privacy.claim import Claim
 from fedpers.privacy.ledger import Ledger
@@ -464,3 +464,22 @@ def test_a_frontier_that_cannot_be_drawn_is_refused_before_training(
 def test_an_empty_frontier_is_not_a_configuration(tiny: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match=r"frontier\.methods"):
         tiny(frontier={"methods": [], "epsilons": [4]})
+
+
+@pytest.mark.parametrize("edit", ["cut", "rewritten claim"])
+def test_a_finished_run_whose_ledger_was_touched_shows_no_claim(
+    tiny: Callable[..., Config], tmp_path: Path, edit: str
+) -> None:
+    config = tiny(rounds=2, privacy={"unit": "user", "epsilon": 8, "delta": 1e-3, "clip": 0.1})
+    run = simulate(config, tmp_path / "run")
+    assert simulate(config, tmp_path / "run", resume=True).claim == run.claim
+    ledger, claim = run.path / "ledger.jsonl", run.path / "claim.json"
+    if edit == "cut":
+        ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
+    else:
+        claim.write_text(claim.read_text().replace(f'"epsilon": {run.claim.epsilon}', '"epsilon": 0.5'))
+    with pytest.raises(LedgerError, match=r"restore|Restore"):
+        simulate(config, tmp_path / "run", resume=True)
+    with pytest.raises(LedgerError):
+        export_public(run.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

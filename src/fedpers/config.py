@@ -319,9 +319,14 @@ def _keys_at(path: Sequence[str]) -> list[str]:
 
 
 def result_text(config: Config) -> str:
-    """Return what the results of a run depend on, as text: the configuration without how it is run and looked at."""
-    return config.model_dump_json(exclude={"name": True, "engine": True, "evaluation": True, "frontier": True,
-                                           "privacy": {"secret"}})  # fmt: skip
+    """Return what the results of a run depend on, as text: the configuration without how it is run and looked at.
+
+    Of a backbone's path the last part counts, since where a folder lies changes nothing.
+    """
+    name = config.model.backbone.rstrip("/").rpartition("/")[2]
+    named = config.model_copy(update={"model": config.model.model_copy(update={"backbone": name})})
+    return named.model_dump_json(exclude={"name": True, "engine": True, "evaluation": True, "frontier": True,
+                                          "privacy": {"secret"}})  # fmt: skip
 
 
 def dump_config(config: Config) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 
 from fedpers.cohort.batching import Index
 from fedpers.cohort.model import CohortModel
-from fedpers.config import Config
+from fedpers.config import Config, result_text
 from fedpers.data import Federation, load
 from fedpers.errors import DataError, PrivacyRefusal
 from fedpers.evaluation.models import swap_partners
@@ -81,6 +84,12 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
         task = find("tasks", config.task.name, Task)(config.task)  # type: ignore[type-abstract]
         reuse.federations[key] = federation, task.prepare(federation, seed_key(config.seed)), task
     federation, examples, task = reuse.federations[key]
+    most = max(len(records) for records in federation.train)
+    if most > config.data.max_train:
+        raise DataError(
+            f"data {federation.source}: a user has {most} training records, more than data.max_train = "
+            f"{config.data.max_train}, which delta and noise are planned with; cap them in the data source."
+        )
     guarantee = resolve(config, own_plan, users=len(federation.users))
     swap = None
     if own_plan.personal:
@@ -152,6 +161,25 @@ def shared_sizes(experiment: Experiment) -> dict[str, int]:
     if "head" in experiment.plan.shared:
         sizes["head"] = sum(p.numel() for p in experiment.task.head(backbone.width).parameters())
     return sizes
+
+
+def identity(experiment: Experiment, model: CohortModel) -> str:
+    """Name all that a run's releases depend on besides the secret: configuration, table, people, weights, version.
+
+    The run's keys are made from it, so that a secret which is given twice makes the same noise for the same run alone.
+    """
+    examples = experiment.examples
+    digest = hashlib.sha256()
+    for part in (examples.users, examples.ids, examples.inputs, examples.texts):
+        digest.update(repr(part).encode())
+    digest.update(examples.candidates.tobytes())
+    for rows in examples.train:
+        digest.update(len(rows).to_bytes(8, "little") + rows.tobytes())
+    plan = experiment.plan
+    phases = [[sorted(phase.train), phase.own] for part in (plan.round, plan.finish) for phase in part]
+    table = [sorted((group, str(scope)) for group, scope in plan.scopes.items()), len(plan.round), phases, plan.head]
+    parts = [result_text(experiment.config), table, digest.hexdigest(), model.fingerprint]
+    return json.dumps([*parts, version("fedpers")])
 
 
 def _json(config: Config, *sections: str) -> str:

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from fedpers.cohort.clients import Clients
 from fedpers.config import GROUPS
+from fedpers.errors import LedgerError
 from fedpers.evaluation import models as evaluation
 from fedpers.experiment import Experiment
 from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
 from fedpers.privacy.ledger import Ledger
+from fedpers.privacy.randomness import fingerprint
 from fedpers.privacy.spending import BudgetSpent, spent
 from fedpers.reporting import Reporter
 from fedpers.run_directory import Checkpoint, RunDirectory
@@ -34,14 +36,22 @@ def federate(
     history = list(done.history) if done else []
     users = experiment.examples.users
     shared: Arrays = {name: model.initial[name].numpy() for name in clients.shared_names}
+    origin, key = directory.secret_origin(), fingerprint(server_key, "run")
+    opening = experiment.guarantee.opening(config, clients.shared_names, len(users), origin, key)
     if done is not None:
         shared = done.shared
         ledger = Ledger.rewind(directory.ledger, done.ledger_lines)
     elif directory.has_ledger():
         ledger = Ledger.rewind(directory.ledger, 1)
     else:
-        opening = experiment.guarantee.opening(config, clients.shared_names, len(users), directory.secret_origin())
         ledger = Ledger.create(directory.ledger, opening)
+    if ledger.opening != opening:
+        old, new = ledger.opening.model_dump(), opening.model_dump()
+        changed = [name for name in new if new[name] != old[name]]
+        raise LedgerError(
+            f"{directory.ledger} was opened for another run, in {', '.join(changed)}: people, records, model, method "
+            "or version are no longer what it was started with; start a new run."
+        )
     rounds = config.rounds if clients.shared_names else 0
     strategy = FedpersStrategy(
         config, experiment.guarantee, users, ledger, server_key, first_round=len(history)

@@ -29,6 +29,7 @@ from fedpers.cohort.personal_store import Changes, PersonalStore
 from fedpers.config import Config, dump_config
 from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpers.models.backbone import public_name
+from fedpers.privacy.claim import Claim, reread
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Secret
 from fedpers.privacy.randomness import secret_key
@@ -260,9 +261,11 @@ def export_public(run: Path, out: Path) -> list[str]:
 
     Raises:
         RunDirectoryError: the run is not finished, or `out` is not empty.
+        LedgerError: the claim is not what the ledger gives.
     """
     if not RunDirectory(run).finished:
         raise RunDirectoryError(f"{run}: no finished run; finish it with `fedpers run ... --resume` first.")
+    reread(Claim.from_json((run / "claim.json").read_text(encoding="utf-8")), Ledger.load(run / "ledger.jsonl"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunDirectoryError(f"{out} is not an empty directory; choose another one.")
     out.mkdir(parents=True, exist_ok=True)

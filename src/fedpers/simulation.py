@@ -18,15 +18,16 @@ from fedpers import frontier
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
-from fedpers.config import GROUPS, Config, result_text
+from fedpers.config import GROUPS, Config
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import summarize, users_table, write_table
-from fedpers.experiment import Experiment, Reuse, build_model, prepare
+from fedpers.experiment import Experiment, Reuse, build_model, identity, prepare
 from fedpers.figures.curve import learning_curve
 from fedpers.figures.gain import per_user_gain
 from fedpers.models.adapters import load as load_adapters
-from fedpers.privacy.claim import Claim, claim_from
+from fedpers.privacy.claim import Claim, claim_from, reread
 from fedpers.privacy.forecast import Forecast, forecast_from
+from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import run_keys
 from fedpers.reporting import Reporter
 from fedpers.rounds import federate
@@ -122,7 +123,7 @@ def simulate(
         directory = RunDirectory.create(directory.path, config)
     users = range(len(experiment.examples.users))
     store = PersonalStore(directory.private / "rounds", len(users), _initial(model, experiment.plan.kept))
-    server_key, clients_key = run_keys(directory.secret(), result_text(config))
+    server_key, clients_key = run_keys(directory.secret(), identity(experiment, model))
     clients = Clients(config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
     shared, ledger, history = federate(experiment, clients, directory, server_key, reporter)
@@ -159,11 +160,11 @@ def simulate(
 
 
 def load(path: Path, config: Config) -> Run:
-    """Read a finished run."""
-    claim = Claim.from_json((path / "claim.json").read_text(encoding="utf-8"))
-    supposed = path / "forecast.json"
-    forecast = Forecast.from_json(supposed.read_text(encoding="utf-8")) if supposed.exists() else None
-    return Run(path, config, claim, json.loads((path / "summary.json").read_text(encoding="utf-8")), forecast)
+    """Read a finished run; raises LedgerError if its claim is not what its ledger gives."""
+    ledger = Ledger.load(path / "ledger.jsonl")
+    claim = reread(Claim.from_json((path / "claim.json").read_text(encoding="utf-8")), ledger)
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return Run(path, config, claim, summary, forecast_from(ledger))
 
 
 def _cell(config: Config, path: Path, reporter: Reporter, reuse: Reuse) -> frontier.Outcome:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Release
 from fedpers.privacy.mechanisms import Aggregate
 from fedpers.privacy.randomness import generator, run_keys, secret_key, seed_key
+from fedpers.privacy.sampling import draw
 from fedpers.privacy.user_level import UserLevelServer
 from fedpers.reporting import Reporter
 from fedpers.tasks.base import Examples
@@ -77,15 +79,15 @@ class _Watched(FedpersStrategy):
     """The production strategy, with its sums looked at from inside the simulator."""
 
     trace: Trace
-    shift: list[Noise] | None = None  # added to the noise of each round, in units of noise multiplier times clip
+    shift: Noise | None = None  # added to the noise of a round, in units of noise multiplier times clip
 
-    def _synthetic_reply(self, number: int, participants: Sequence[int], received: Sequence[Arrays]) -> Message:
+    def _synthetic_reply(self, number: int, asked: Sequence[int], received: Sequence[Arrays]) -> Message:
         server = self._server()
         if self.shift is not None:
-            setattr(server, "noise", _shifted(server.noise, self.shift[number - 1]))  # noqa: B010 - a method
+            setattr(server, "noise", _shifted(server.noise, self.shift))  # noqa: B010 - a method
         updates = [{n: one[n] - self._broadcast[n] for n in self._broadcast} for one in received]
         self.trace.clean.append(self._clean(server, number, updates).mean)
-        message = super()._synthetic_reply(number, participants, received)
+        message = super()._synthetic_reply(number, asked, received)
         after = wire.from_record(wire.arrays_of(message))
         self.trace.noised.append({name: after[name] - self._broadcast[name] for name in after})
         return message
@@ -122,6 +124,13 @@ class Bench:
         """The slice's model."""
         return build_model(self.experiment, self.reporter)
 
+    @cached_property
+    def busy(self) -> int:
+        """How many rounds to pass over so that in the next one several clients take part."""
+        config, users = self.config, self.experiment.examples.users
+        sizes = (len(draw(config.client_sampling, config.client_rate, users, self.server_key, n)) for n in count(1))
+        return next(passed for passed, size in enumerate(sizes) if size >= min(4, len(users) // 2))
+
     def start(self) -> Arrays:
         """Return a broadcast off the initial values, so that every factor has a gradient."""
         names = self.model.names(self.experiment.plan.shared)
@@ -151,11 +160,11 @@ class Bench:
         return clients
 
     def rounds(
-        self, clients: Clients, count: int, *, shift: list[Noise] | None = None, start: Arrays | None = None
+        self, clients: Clients, number: int, *, shift: Noise | None = None, start: Arrays | None = None, first: int = 0
     ) -> Trace:
-        """Run rounds through Flower's messages and the ledger."""
+        """Run rounds after the `first` ones through Flower's messages and the ledger."""
         users, ledger = clients.examples.users, self._ledger(clients)
-        strategy = _Watched(self.config, clients.guarantee, users, ledger, self.server_key)
+        strategy = _Watched(self.config, clients.guarantee, users, ledger, self.server_key, first_round=first)
         strategy.trace, strategy.shift = Trace(broadcasts=[start or self.start()]), shift
         grid = _Recording(clients, strategy.trace)
 
@@ -166,7 +175,7 @@ class Bench:
 
         initial = wire.to_record(strategy.trace.broadcasts[0], clients.shared_names)
         logging.getLogger("flwr").setLevel(logging.ERROR)
-        strategy.start(grid, initial, num_rounds=count, train_config=ConfigRecord(), evaluate_fn=after)
+        strategy.start(grid, initial, num_rounds=number, train_config=ConfigRecord(), evaluate_fn=after)
         strategy.trace.releases = ledger.releases
         self.ledger = ledger
         return strategy.trace

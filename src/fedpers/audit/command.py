@@ -163,7 +163,7 @@ def print_audit(found: Audit, out: Path, console: Console) -> None:
     bad = found.violations
     verdicts = " ".join(sorted({f"{one.name}: {one.detail}" for one in bad}))
     says = (
-        f"VIOLATION: the claim is false. {verdicts}"
+        f"VIOLATION: a check failed, or a bound that holds in 95 of 100 audits exceeds the claim. {verdicts}"
         if bad
         else ("No violation. A lower bound below the claim does not prove it, and a powerless audit says nothing.")
     )

@@ -140,7 +140,15 @@ def _record_noise(bench: Bench) -> list[Finding]:
             noisy = _one_step(bench, bench.clients(common, phases=last), phase, number)
             quiet = {**common, "noise_multiplier": 0.0}
             draws += list(noisy - _one_step(bench, bench.clients(quiet, phases=last), phase, number))
+        draws += [line.noise_multiplier * line.clip * draw for draw in _later_step(bench.clients(), *last[0])]
     return _noise_findings(bench, draws, line.noise_multiplier * line.clip, guarantee.noise_multiplier > 0)
+
+
+def _later_step(clients: Clients, index: int, phase: Phase) -> list[NDArray[np.float64]]:
+    """The noise of the second step of round 1, by client; the first step's is in the replies that were measured."""
+    cohort = list(range(len(clients.examples.users)))
+    arrays = clients.step_noise(cohort, phase, ("round", 1, index))(1)
+    return [np.concatenate([np.asarray(a[user], dtype=np.float64).ravel() for a in arrays]) for user in cohort]
 
 
 # ---------------------------------------------------------------- one user
@@ -152,7 +160,7 @@ def _user_sensitivity(bench: Bench) -> list[Finding]:
     start = bench.start()
     summed = guarantee.server_sums
     quiet = {} if guarantee.trust == "user-central" else {"noise_multiplier": 0.0}  # else noise is in the replies
-    everyone = bench.rounds(bench.clients(quiet), 1, start=start)
+    everyone = bench.rounds(bench.clients(quiet), 1, start=start, first=bench.busy)
     took_part = sorted(everyone.replies[0])
     worlds = [(took_part[0], True), *((user, False) for user in took_part[1:4])]
     moved, coupled, allowed = 0.0, 0.0, float(2 if guarantee.trust == "user-local" else 1)
@@ -162,7 +170,7 @@ def _user_sensitivity(bench: Bench) -> list[Finding]:
         changed: dict[str, Any] = {"examples": replace(bench.experiment.examples, train=tuple(train))}
         if raw:
             changed = {"world": bench.without(user)}
-        less = bench.rounds(bench.clients(quiet, **changed), 1, start=start)
+        less = bench.rounds(bench.clients(quiet, **changed), 1, start=start, first=bench.busy)
         assert everyone.releases[0].clip is not None
         scale = guarantee.denominator / everyone.releases[0].clip if summed else 1 / everyone.releases[0].clip
         moved = max(moved, scale * _distance(everyone, less, summed))
@@ -172,7 +180,8 @@ def _user_sensitivity(bench: Bench) -> list[Finding]:
                 multiplier = split_noise(multiplier, everyone.releases[0].bit_noise)
             if multiplier > 0:
                 shift = _difference(everyone.clean[0], less.clean[0], scale / multiplier)
-                again = bench.rounds(bench.clients(quiet, **changed), 1, start=start, shift=[shift])
+                moved_on = bench.clients(quiet, **changed)
+                again = bench.rounds(moved_on, 1, start=start, shift=shift, first=bench.busy)
                 step = np.linalg.norm(flat(everyone.broadcasts[1]) - flat(start))
                 gap = np.linalg.norm(flat(again.broadcasts[1]) - flat(everyone.broadcasts[1]))
                 coupled = max(coupled, float(gap / step))

@@ -41,7 +41,8 @@ def recount(ledger: Ledger) -> list[Finding]:
         Finding(
             name="accounting", what="claim", unit=opening["unit"], claimed=claim.epsilon, delta=opening["delta"],
             empirical=lower, ceiling=math.nan, kind="check",
-            verdict="consistent" if holds and not missing else "violation", detail=how,
+            verdict="violation" if missing or not holds else "powerless" if math.isnan(lower) else "consistent",
+            detail=how,
             numbers={"lines": float(len(lines)), "rounds": float(claim.rounds)},
         )
     ]  # fmt: skip

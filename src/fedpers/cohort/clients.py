@@ -14,6 +14,7 @@ from torch import Tensor
 from fedpers.cohort.batching import epochs, poisson
 from fedpers.cohort.local_training import RecordProtection, Stats, train_phase
 from fedpers.cohort.model import CohortModel, Parameters
+from fedpers.cohort.optimizer import Noise
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config
 from fedpers.methods.base import PERSONAL, Phase, Plan
@@ -151,9 +152,9 @@ class Clients:
         behind_head = coins if half == "head" else ~coins
         return replace(self.examples, train=tuple(rows[behind_head[rows]] for rows in self.examples.train))
 
-    def _protection(self, cohort: list[int], phase: Phase, address: tuple[Part, ...]) -> RecordProtection:
-        names = self.model.names(phase.train)
-        shapes = [self.model.initial[name].shape for name in names]
+    def step_noise(self, cohort: list[int], phase: Phase, address: tuple[Part, ...]) -> Noise:
+        """Return the standard normal noise of a phase by step, one tensor (clients, out, in) for each trained array."""
+        shapes = [self.model.initial[name].shape for name in self.model.names(phase.train)]
 
         def noise(step: int) -> list[Tensor]:
             draws = [
@@ -166,12 +167,15 @@ class Clients:
             parts = torch.split(flat, [math.prod(shape) for shape in shapes], dim=1)
             return [part.reshape(len(cohort), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
+        return noise
+
+    def _protection(self, cohort: list[int], phase: Phase, address: tuple[Part, ...]) -> RecordProtection:
         assert self.guarantee.clip is not None
         return RecordProtection(
             clip=self.guarantee.clip,
             noise_multiplier=self.guarantee.noise_multiplier,
             lot_size=self.guarantee.denominator,
-            noise=noise,
+            noise=self.step_noise(cohort, phase, address),
             per_layer=self.guarantee.per_layer,
         )
 

@@ -46,6 +46,7 @@ class CohortModel(nn.Module):
         budget = config.engine.token_budget
         self.task, self.examples, self.budget = task, examples, budget
         self.backbone: Backbone = backbone
+        self.fingerprint: str = backbone.fingerprint() if donor is None else donor.fingerprint  # before LoRA is placed
         # Frozen features come first: they are computed on the plain backbone.
         inputs = backbone.tokenize(examples.inputs, config.data.max_tokens)
         if donor is None:

@@ -115,14 +115,16 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         # One reply of each node that was asked: a second one would count beyond the clip. A failure is no update.
         answered = {message.metadata.src_node_id: message for message in replies if message.has_content()}
         listed = [answered[node] for node in self._sampled if node in answered]
+        # Who was asked is charged: a reply that was lost on the way, or came late, was seen by somebody all the same.
+        asked = [node - wire.FIRST_NODE for node in self._sampled]
         participants = [message.metadata.src_node_id - wire.FIRST_NODE for message in listed]
         received = [wire.shared_of(message, self._broadcast) for message in listed]
         size = wire.nbytes(self._broadcast)
         self.report = RoundReport(len(listed), bytes_up=size * len(listed), bytes_down=size * len(self._sampled))
         if self.guarantee.server_sums:
-            listed = [self._synthetic_reply(number, participants, received)]
+            listed = [self._synthetic_reply(number, asked, received)]
         else:
-            self._record(number, participants, received)
+            self._record(number, asked, participants, received)
         if not listed:
             return None, None
         arrays, metrics = self.inner.aggregate_train(number, listed)
@@ -152,17 +154,19 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
             release_hash="0" * 64,
         )
 
-    def _record(self, number: int, participants: Sequence[int], received: Sequence[Arrays]) -> None:
+    def _record(
+        self, number: int, asked: Sequence[int], participants: Sequence[int], received: Sequence[Arrays]
+    ) -> None:
         """Enter replies that were protected by the clients themselves, or not at all."""
         sent = {
             f"{wire.FIRST_NODE + user}/{name}": array
             for user, one in zip(participants, received, strict=True)
             for name, array in one.items()
         }
-        line = self._planned(number, participants)
+        line = self._planned(number, asked)
         self.ledger.append(line.model_copy(update={"release_hash": release_hash(sent)}))
 
-    def _synthetic_reply(self, number: int, participants: Sequence[int], received: Sequence[Arrays]) -> Message:
+    def _synthetic_reply(self, number: int, asked: Sequence[int], received: Sequence[Arrays]) -> Message:
         """Clip, sum, add noise, divide; the result looks to the stock strategy like one client's reply."""
         honest, server = self.guarantee.honest, self._server()
         updates = [{name: one[name] - self._broadcast[name] for name in self._broadcast} for one in received]
@@ -173,7 +177,7 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
                 f"round {number}: {whole} clients answered, fewer than the {honest} whose noise shares have to be "
                 "enough, so their sum is not opened; lower privacy.honest in a new run."
             )
-        line = server.planned(number, participants)
+        line = server.planned(number, asked)
         found = server.mean(number, updates)
         fraction = server.advance(number, found)
         released = found.mean if fraction is None else {**found.mean, "fraction": np.array(fraction)}

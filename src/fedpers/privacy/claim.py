@@ -17,7 +17,7 @@ from fedpers.config import TRUSTS, Trust, Unit
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
 from fedpers.privacy.accounting import cross_check
 from fedpers.privacy.ledger import Ledger
-from fedpers.privacy.ledger_lines import ADJACENCIES, Opening
+from fedpers.privacy.ledger_lines import ADJACENCIES, REPLACE_ONE, Opening
 from fedpers.privacy.spending import Epsilon, PerClient, record_level, spending
 
 METRICS = "the metrics and figures of this run, which the simulator measures without noise"
@@ -123,7 +123,8 @@ class Claim(BaseModel):
             "user-local": "untrusted server",
             "record-local": "untrusted server",
         }[self.trust]
-        return f"{self.unit}-level (ε = {rounded_up(self.epsilon)}, δ = {self.delta:g}), {who}"
+        adjacency = ", replace-one" if self.adjacency == REPLACE_ONE else ""
+        return f"{self.unit}-level{adjacency} (ε = {rounded_up(self.epsilon)}, δ = {self.delta:g}), {who}"
 
 
 def check_delta(delta: float, protected: int) -> None:
@@ -208,6 +209,29 @@ def claim_from(
     return claim.model_copy(update={"sentence": " ".join(_sentences(claim, bool(clips), population_note))})
 
 
+def reread(claim: Claim, ledger: Ledger) -> Claim:
+    """Derive a claim that was read from a file anew from its ledger, before it is shown or passed on.
+
+    Raises:
+        LedgerError: the ledger is another one than the claim was made from, or gives another claim.
+        PrivacyRefusal: what the claim leaves out was taken off it.
+    """
+    if METRICS not in claim.excluded:
+        raise PrivacyRefusal("the claim on file no longer says that metrics are left out of it; run again.")
+    if ledger.head != claim.ledger_head:
+        raise LedgerError(
+            f"{ledger.path}: its last line is not the one that the claim beside it was made from; one of them was "
+            "edited or cut. Restore them from a copy, or run again in a new directory."
+        )
+    found = claim_from(ledger, expected_rounds=claim.rounds, excluded=claim.excluded)
+    if found.sentence != claim.sentence or not math.isclose(found.epsilon, claim.epsilon, rel_tol=1e-6):
+        raise LedgerError(
+            f"{ledger.path} gives epsilon {found.epsilon:.6g} and another claim than the one beside it, which says "
+            f"{claim.epsilon:.6g}; restore it from a copy, or run again in a new directory."
+        )
+    return found
+
+
 def _check_complete(ledger: Ledger, expected_rounds: int | None) -> None:
     """An unwritten release is an unaccounted one, so a gap leaves nothing to claim (refusal R4)."""
     if ledger.pending:
@@ -259,6 +283,10 @@ def _rate(rates: set[float]) -> str:
     return f"{_single(rates):g}" if len(rates) == 1 else "as in the ledger"
 
 
+_HONEST_SERVER = "the server (as long as it asks each client once a round, and in no round that the ledger lacks)"
+_SILENCE = "what a client's failure to answer tells"
+
+
 def adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
     """Whom a claim holds against, and whom or what it does not cover (reference: table 2.5).
 
@@ -270,22 +298,31 @@ def adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
         ["other clients", "recipients of the shared model"],
         "whoever obtains or queries a user's personal model",
     )
+    fixed = opening.amplification == "clients" and opening.client_sampling == "fixed"
     if total == math.inf:
         return [], ["the server", *others, personal]
     if opening.unit == "none":
         return ["the server", *others], [personal]
     whole = "conclusions about a user as a whole: that the user takes part, or what all records have in common"
     against, not_against = {
-        "user-central": (others, ["the server (trusted: it sees raw updates)"]),
+        "user-central": (
+            others[1:] if fixed else others,
+            [
+                "the server (trusted: it sees raw updates)",
+                # whoever knows its own draw knows something of the others', as the places are counted
+                *(["other clients, who know whether they were drawn"] if fixed else []),
+            ],
+        ),
         "user-distributed": (
             [
                 f"the server (if it sees sums only, here simulated, and {opening.honest} clients a round are honest)",
-                *others,
+                f"other clients (if {opening.honest} clients a round beside them are honest)",
+                others[1],
             ],
             ["a server that sees single messages, or fewer honest clients"],
         ),
-        "user-local": (["the server (as long as it asks each client once a round)", *others], []),
-        "record-local": (["the server (as long as it asks each client once a round)", *others], [whole]),
+        "user-local": ([_HONEST_SERVER, *others], [_SILENCE]),
+        "record-local": ([_HONEST_SERVER, *others], [_SILENCE, whole]),
     }[opening.trust]
     against, not_against = list(against), list(not_against)
     if opening.personal_covered:
@@ -322,7 +359,11 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
             f"What {', '.join(others)} and {last} see of this run tells them no more about {unit} than ε and δ allow.",
         ]
         if claim.unit == "user":
-            implied = "" if claim.record_level is None else f" (for one record ε = {rounded_up(claim.record_level)})"
+            implied = (
+                ""
+                if claim.record_level is None
+                else f" (for one record ε = {rounded_up(claim.record_level)} at the same δ)"
+            )
             sentences.append(
                 f"This is not a record-level number: one changed record counts with twice the clip{implied}."
             )
@@ -336,7 +377,7 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
         sentences.append(f"Left out of the accounting: {'; '.join(claim.excluded)}.")
     if population_note:
         sentences.append(population_note)
-    if 0 < claim.epsilon < math.inf:
+    if claim.rounds and claim.epsilon < math.inf:
         sentences.append(
             "The noise is simulated in floating point by a generator that is not cryptographically secure. The claim "
             "covers this one run and holds only while its secret stays secret; further runs on the same data add up."

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedpers.config import Config, Trust, Unit
 from fedpers.errors import ConfigError
-from fedpers.methods.base import Plan
+from fedpers.methods.base import PERSONAL, Plan
 from fedpers.privacy.accounting import calibrate, calibrate_gaussian
 from fedpers.privacy.adaptive_clip import AdaptiveClip, split_noise
 from fedpers.privacy.claim import check_delta
@@ -66,8 +66,8 @@ class Guarantee:
     personal_covered: bool = False
     population: int | None = None  # a forecast is asked for so many users
 
-    def opening(self, config: Config, shared: Sequence[str], users: int, secret: Secret) -> Opening:
-        """Return the ledger's opening line."""
+    def opening(self, config: Config, shared: Sequence[str], users: int, secret: Secret, key: str = "") -> Opening:
+        """Return the ledger's opening line; `key` names the run's keys."""
         return Opening(
             unit=self.unit,
             trust=self.trust,
@@ -87,6 +87,7 @@ class Guarantee:
             filter=None if self.filter is None else Filter(order=self.filter.order, epsilon=self.filter.epsilon),
             simulated_population=self.population,
             secret=secret,
+            key=key,
         )
 
 
@@ -129,11 +130,6 @@ def resolve(config: Config, plan: Plan, users: int) -> Guarantee:
     if privacy.population is not None:
         noise *= _forecast_scale(config, users)
     cohort = cohort_size(config.client_sampling, config.client_rate, users)
-    if privacy.trusted == "user-distributed" and cohort < 1:
-        raise ConfigError(
-            f"client_rate={config.client_rate:g}: of {users} users fewer than one takes part in a round on average, "
-            "and privacy.trust=user-distributed needs somebody's noise in each; raise it."
-        )
     adaptive = None
     if privacy.adaptive is not None:
         bits = privacy.adaptive.bit_noise or cohort / 20
@@ -158,7 +154,7 @@ def resolve(config: Config, plan: Plan, users: int) -> Guarantee:
         per_layer=privacy.clipping == "per-layer",
         adaptive=adaptive,
         bands=bands,
-        honest=max(1, math.floor(privacy.honest * cohort)) if privacy.trusted == "user-distributed" else None,
+        honest=_honest(config, cohort) if privacy.trusted == "user-distributed" else None,
         filter=renyi_filter,
         budget=privacy.epsilon if privacy.stop == "budget" else math.inf,
         phase_steps=phase_steps,
@@ -228,6 +224,17 @@ def _amplification(config: Config) -> Amplification:
     return "clients" if central and privacy.mechanism == "gaussian" and _sampling(config) != "cyclic" else "none"
 
 
+def _honest(config: Config, cohort: float) -> int:
+    """Fewest clients whose noise shares must be enough: never all, as each client can take off its own share."""
+    smallest = math.floor(cohort)
+    if smallest < 2:
+        raise ConfigError(
+            f"privacy.trust=user-distributed with rounds of {smallest} clients: nobody's noise would be left for those "
+            "who know their own; raise client_rate or data.users."
+        )
+    return min(max(1, math.floor(config.privacy.honest * smallest)), smallest - 1)
+
+
 def _adjacency(config: Config) -> str:
     trust, fixed = config.privacy.trusted, _sampling(config) == "fixed"
     if trust == "user-local" or (trust == "user-central" and fixed):
@@ -287,13 +294,16 @@ def _covered(plan: Plan) -> bool:
 
 
 def _head_policy(plan: Plan, unit: Unit) -> str:
-    personal, fed = " and ".join(plan.kept), " and ".join(feedback(plan))
+    personal, fed = " and ".join(plan.groups(PERSONAL)), " and ".join(feedback(plan))
+    beside = f"; own copies of {' and '.join(plan.twins)} without noise beside it" if plan.twins else ""
     if not plan.shared:
         return "nothing is shared"
     if plan.head == "joint" and unit == "record":
-        return f"personal {personal} under the same clipping and noise as the shared part; never sent"
+        return f"personal {personal} under the same clipping and noise as the shared part; never sent{beside}"
     if plan.head == "split-dp" and unit == "record":
-        return f"personal {personal} under noise on one half of the records, the shared part on the other; never sent"
+        return (
+            f"personal {personal} under noise on one half of the records, the shared on the other; never sent{beside}"
+        )
     if plan.head == "split":
         return f"personal {fed} without noise on one half of the records, the shared part on the other; never sent"
     if fed:

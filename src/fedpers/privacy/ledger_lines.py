@@ -70,6 +70,7 @@ class Opening(_Line):
         filter: Renyi filter where noise depends on earlier releases, else None.
         simulated_population: Population that a forecast is asked for, else None.
         secret: Where the key of the noise comes from.
+        key: Name of the run's keys, which tells nothing of them; another for other people, records, weights or tables.
     """
 
     unit: Unit
@@ -90,6 +91,7 @@ class Opening(_Line):
     filter: Filter | None = None
     simulated_population: Annotated[int, Field(ge=1)] | None = None
     secret: Secret
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]*$")] = ""
 
     @property
     def sensitivity(self) -> int:

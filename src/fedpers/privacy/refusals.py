@@ -28,7 +28,7 @@ def check_setup(config: Config, plan: Plan) -> None:
     _check_accountant(config)
     _check_strategy(config)
     _check_feedback(config, plan)
-    _check_sampling(config)
+    _check_sampling(config, plan)
     _check_options(config)
 
 
@@ -113,7 +113,7 @@ def _check_feedback(config: Config, plan: Plan) -> None:
     )
 
 
-def _check_sampling(config: Config) -> None:
+def _check_sampling(config: Config, plan: Plan) -> None:
     """R3: an accountant only for the sampler that is really run."""
     privacy, sampling = config.privacy, config.client_sampling
     random = config.client_rate < 1 and sampling == "poisson"
@@ -121,6 +121,13 @@ def _check_sampling(config: Config) -> None:
         raise PrivacyRefusal(
             f"privacy.mechanism=banded with {sampling} client sampling: correlated noise is accounted for rounds that "
             "are known beforehand, without amplification; set client_sampling=cyclic, or client_rate=1."
+        )
+    fixed = sampling == "fixed" and config.client_rate < 1
+    if privacy.trusted == "user-central" and fixed and feedback(plan):
+        raise PrivacyRefusal(
+            f"client_sampling=fixed with method {plan.name!r}: the personal {' and '.join(feedback(plan))} of the "
+            "others remembers when they were drawn, and with a fixed number of places that tells who else was, so the "
+            "drawing is no longer secret; set client_sampling=poisson, where every coin is its own."
         )
     if privacy.trusted == "user-distributed" and random:
         raise PrivacyRefusal(
