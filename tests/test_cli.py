@@ -72,7 +72,7 @@ BAD_VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "epsilon not a number": (("privacy.epsilon=.nan",), ("privacy.epsilon = nan",)),
     "delta 1": (("privacy.delta=1",), ("privacy.delta = 1", "less than 1")),
     "epsilon without a unit": (("privacy.epsilon=2",), ("unit is none", "set privacy.unit")),
-    "a unit without a clip": (("privacy.unit=user", "privacy.epsilon=2"), ("needs clip",)),
+    "a unit without a clip": (("privacy.unit=user", "privacy.epsilon=2"), ("needs privacy.clip",)),
     "unknown unit": (("privacy.unit=usr",), ("privacy.unit = 'usr'", "'none', 'record' or 'user'")),
     "unknown group": (("share=adapter+hed",), ("share", "'hed'", "'adapter' or 'head'")),
     "no candidates": (("task.candidates=1",), ("task.candidates = 1", "greater than or equal to 2")),

@@ -86,9 +86,10 @@ class Search:
         for name, array in rows.items():
             for user, row in enumerate(array.reshape(len(array), -1)):
                 private = row[~np.isin(row, known)]
-                if row.size == 1 and private.size:  # no neighbour to tell it from chance, so all its digits
+                # No neighbour to tell it from chance, and four bytes are met by chance among noise: so all its digits.
+                if row.size == 1 and private.size:
                     self.words |= {
-                        f"{name} of {user}": row.tobytes(),
+                        f"{name} of {user} as fp64": row.astype("<f8").tobytes(),
                         f"{name} of {user} as text": repr(row[0].item()).encode(),
                     }
                 elif private.size == row.size:

@@ -172,18 +172,20 @@ class PrivacyConfig(Section):
             secret_key(self.secret)  # its error does not quote what was given
         if self.unit == "none" and not math.isinf(self.epsilon):
             raise ValueError(
-                f"epsilon={self.epsilon} is asked for but unit is none; set privacy.unit to record or user"
+                f"epsilon={self.epsilon} is asked for but unit is none; set privacy.unit to record or user, or "
+                "privacy.epsilon=inf"
             )
         if self.unit != "none" and self.clip is None:
-            raise ValueError(f"unit={self.unit} needs clip, the L2 bound on one {self.unit}'s contribution")
+            raise ValueError(f"unit={self.unit} needs privacy.clip, the L2 bound on one {self.unit}'s contribution")
         if self.trust is not None and self.trust not in TRUSTS[self.unit]:
-            raise ValueError(f"trust={self.trust} does not go with unit={self.unit}; {self._choices()}")
+            right = next(unit for unit, trusts in TRUSTS.items() if self.trust in trusts)
+            raise ValueError(
+                f"trust={self.trust} does not go with unit={self.unit}; unit={self.unit} allows "
+                f"{' or '.join(TRUSTS[self.unit])}, trust={self.trust} needs privacy.unit={right}"
+            )
         if self.stop == "budget" and math.isinf(self.epsilon):
             raise ValueError("stop=budget needs a finite epsilon, the budget to stop at")
         return self
-
-    def _choices(self) -> str:
-        return f"unit={self.unit} allows {' or '.join(TRUSTS[self.unit])}"
 
     @property
     def trusted(self) -> Trust:

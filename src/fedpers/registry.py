@@ -47,7 +47,13 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"{KEYS[kind]} = {name!r}: unknown; {hint}known: {', '.join(known)}.")
-    module = importlib.import_module(f"fedpers.{kind}.{name.replace('-', '_')}")
+    path = f"fedpers.{kind}.{name.replace('-', '_')}"
+    try:
+        module = importlib.import_module(path)
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}; mend the file of {name!r}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
     found = [c for c in classes if issubclass(c, base)]
     if len(found) != 1:

@@ -20,7 +20,7 @@ from fedpers.audit.canaries_mechanism import mechanism_audit
 from fedpers.audit.canaries_records import record_canary_audit
 from fedpers.audit.inversion import inversion_report
 from fedpers.audit.membership import membership
-from fedpers.audit.probe import probe
+from fedpers.audit.probe import TOLERANCE, probe
 from fedpers.config import Config, parse_config
 from fedpers.errors import RunDirectoryError
 from fedpers.experiment import prepare
@@ -143,9 +143,11 @@ def print_audit(found: Audit, out: Path, console: Console) -> None:
     checks = [finding for finding in found.findings if finding.kind == "check"]
     table = Table("check", "of", "allowed", "measured", "verdict", box=SIMPLE)
     for one in checks:
-        measured = "not done" if math.isnan(one.empirical) else f"{one.empirical:.4g}"
+        small = one.claimed == 0 and one.empirical < TOLERANCE
+        measured = "not done" if math.isnan(one.empirical) else "under 0.0001" if small else f"{one.empirical:.4g}"
         table.add_row(one.name, one.what, f"{one.claimed:.4g}", measured, one.verdict)
     console.print(table)
+    console.print("Checks on twelve people at most: sums in clips, noise in the ledger's, chance in deviations.")
     others = [finding for finding in found.findings if finding.kind != "check"]
     if others:
         columns = (Column(name, no_wrap=True) for name in ("claimed ε", "found ε", "ceiling", "verdict"))

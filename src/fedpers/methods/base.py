@@ -61,7 +61,12 @@ class Method:
         where = f"method {cls.__name__}"
         if set(cls.scopes) != set(GROUPS):
             raise ConfigError(f"{where}: scopes must name exactly the groups {', '.join(GROUPS)}.")
+        for group, scope in cls.scopes.items():
+            if not isinstance(scope, Scope):
+                raise ConfigError(f"{where}: scope of {group!r} is {scope!r}; use FROZEN, SHARED or PERSONAL.")
         for part, phases in (("round", cls.round), ("finish", cls.finish)):
+            if not isinstance(phases, tuple) or not all(isinstance(phase, Phase) for phase in phases):
+                raise ConfigError(f'{where}: {part} must be a tuple of phases, such as (Phase("adapter"),).')
             for index, phase in enumerate(phases):
                 line = f"{where}: {part}[{index}] = {phase}"
                 if phase.own and part == "finish":

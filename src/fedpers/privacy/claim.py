@@ -20,6 +20,7 @@ from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import ADJACENCIES, REPLACE_ONE, Opening
 from fedpers.privacy.spending import Epsilon, PerClient, record_level, spending
 
+NO_PROTECTION = 50.0
 METRICS = "the metrics and figures of this run, which the simulator measures without noise"
 TUNING = "the choice of hyper-parameters, as far as it was made by looking at these people"
 
@@ -142,8 +143,8 @@ def check_delta(delta: float, protected: int) -> None:
         raise ConfigError(f"delta must be in (0, 1), not {delta}.")
     if delta >= 1 / protected:
         raise PrivacyRefusal(
-            f"delta {delta:g} with {protected} protected units would allow one of them to be published as it is; "
-            f"choose delta well below {1 / protected:g}."
+            f"privacy.delta: delta {delta:g} with {protected} protected units would allow one of them to be published "
+            f"as it is; choose delta well below {1 / protected:g}, for example {0.1 / protected:.0e}."
         )
 
 
@@ -354,19 +355,23 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
             sentences.append("Contributions were clipped, but clipping alone is no privacy.")
     else:
         *others, last = claim.protected_against
-        sentences = [
-            f"ε = {rounded_up(claim.epsilon)}{delta} for {unit} ({claim.adjacency}).",
-            f"What {', '.join(others)} and {last} see of this run tells them no more about {unit} than ε and δ allow.",
-        ]
+        sentences = [f"ε = {rounded_up(claim.epsilon)}{delta} for {unit} ({claim.adjacency})."]
+        if claim.epsilon > NO_PROTECTION:
+            sentences.append(f"An ε above {NO_PROTECTION:g} protects nobody in any useful sense.")
+        sentences.append(
+            f"What {', '.join(others)} and {last} see of this run tells them no more about {unit} than ε and δ allow."
+        )
+        if claim.mechanism != "Gaussian":
+            sentences.append(f"Noise: {claim.mechanism}.")
         if claim.unit == "user":
             implied = (
                 ""
                 if claim.record_level is None
                 else f" (for one record ε = {rounded_up(claim.record_level)} at the same δ)"
             )
-            sentences.append(
-                f"This is not a record-level number: one changed record counts with twice the clip{implied}."
-            )
+            twice = f"This is not a record-level number: one changed record counts with twice the clip{implied}."
+            replaced = "It holds for one changed record of a user, too: any records may take the place of others."
+            sentences.append(replaced if claim.adjacency == REPLACE_ONE else twice)
         if claim.per_client is not None and claim.unit == "user":
             low, middle = rounded_up(claim.per_client.min), rounded_up(claim.per_client.median)
             sentences.append(f"Over users ε is {low} at the least and {middle} in the median, by their participation.")

@@ -198,6 +198,24 @@ def plan_notes(guarantee: Guarantee, config: Config) -> list[str]:
             f"{len(guarantee.bands)} bands: the error of the sums over rounds is {factor:.2f} times that of "
             f"independent noise without amplification; {better} at the same epsilon."
         )
+    if guarantee.adaptive is not None:
+        update = split_noise(guarantee.noise_multiplier, guarantee.adaptive.bit_noise)
+        notes.append(
+            f"Adaptive clip: it follows the {guarantee.adaptive.quantile:g} quantile of update norms from "
+            f"{guarantee.clip} on; noise multiplier {update:.4f} on the update, {guarantee.adaptive.bit_noise:g} users on "
+            "the bits."
+        )
+    if guarantee.per_layer:
+        notes.append("Per-layer clipping: each array to clip / sqrt(arrays); the joint bound is the clip.")
+    if not math.isinf(guarantee.budget):
+        notes.append(
+            f"The rounds end before the ledger would pass epsilon {guarantee.budget:g}, {config.rounds} at most."
+        )
+    if guarantee.trust in {"user-local", "record-local"}:
+        notes.append(
+            "The noise below is that of one client's message or step; the mean over a round's clients has less, by the "
+            "root of their number."
+        )
     if guarantee.filter is not None:
         notes.append(
             f"Renyi filter of order {guarantee.filter.order:g}: noise starts at {SCHEDULE_START:g} times the "
@@ -209,8 +227,8 @@ def plan_notes(guarantee: Guarantee, config: Config) -> list[str]:
         )
     if guarantee.population is not None:
         notes.append(
-            f"Noise for a forecast of {guarantee.population:,} users, scaled down to this cohort: the claim of this "
-            "run will be far above the target."
+            f"Noise for a forecast of {guarantee.population:,} users, {config.client_rate * guarantee.population:,.0f} "
+            "in a round, scaled down to this cohort: the claim of this run will be far above the target."
         )
     return notes
 
