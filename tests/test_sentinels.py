@@ -86,10 +86,9 @@ class Search:
         for name, array in rows.items():
             for user, row in enumerate(array.reshape(len(array), -1)):
                 private = row[~np.isin(row, known)]
-                # No neighbour to tell it from chance, and four bytes are met by chance among noise: so all its digits.
-                if row.size == 1 and private.size:
+                if row.size == 1 and private.size:  # no neighbour to tell it from chance, so all its digits
                     self.words |= {
-                        f"{name} of {user} as fp64": row.astype("<f8").tobytes(),
+                        f"{name} of {user}": row.tobytes(),
                         f"{name} of {user} as text": repr(row[0].item()).encode(),
                     }
                 elif private.size == row.size:
@@ -272,7 +271,9 @@ def plant(store: PersonalStore, planting: int) -> Rows:
     """Fill every personal row with numbers that are easy to find again."""
     rng = np.random.default_rng(planting)
     shapes = {name: (USERS, *tensor.shape) for name, tensor in store.initial.items()}
-    rows = {name: rng.uniform(0.25, 0.75, shape).astype(np.float32) for name, shape in shapes.items()}
+    # A single number has no neighbours to tell it from noise, so it lies where no noise comes.
+    far = {name: 300.0 if np.prod(shape[1:]) == 1 else 0.0 for name, shape in shapes.items()}
+    rows = {name: (far[name] + rng.uniform(0.25, 0.75, shape)).astype(np.float32) for name, shape in shapes.items()}
     if "head.direction.weight" in rows:
         rows["head.direction.weight"][0, 0, 0] = NUMBER
     store.apply(range(USERS), rows)

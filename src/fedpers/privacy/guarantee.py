@@ -202,8 +202,8 @@ def plan_notes(guarantee: Guarantee, config: Config) -> list[str]:
         update = split_noise(guarantee.noise_multiplier, guarantee.adaptive.bit_noise)
         notes.append(
             f"Adaptive clip: it follows the {guarantee.adaptive.quantile:g} quantile of update norms from "
-            f"{guarantee.clip} on; noise multiplier {update:.4f} on the update, {guarantee.adaptive.bit_noise:g} users on "
-            "the bits."
+            f"{guarantee.clip} on; noise multiplier {update:.4f} on the update, deviation "
+            f"{guarantee.adaptive.bit_noise:g} on the count of bits."
         )
     if guarantee.per_layer:
         notes.append("Per-layer clipping: each array to clip / sqrt(arrays); the joint bound is the clip.")
