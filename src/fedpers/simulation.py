@@ -12,11 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedpers import frontier
 from fedpers.cohort.clients import Clients
-from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import GROUPS, Config
 from fedpers.evaluation import models as evaluation
@@ -122,7 +120,7 @@ def simulate(
     if not directory.started:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
     users = range(len(experiment.examples.users))
-    store = PersonalStore(directory.private / "rounds", len(users), _initial(model, experiment.plan.kept))
+    store = PersonalStore(directory.private / "rounds", len(users), model.initial_of(experiment.plan.kept))
     server_key, clients_key = run_keys(directory.secret(), identity(experiment, model))
     clients = Clients(config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
@@ -181,7 +179,7 @@ def _train_at_home(
     users = range(len(experiment.examples.users))
 
     def train_all(who: Clients, start: Arrays, rounds: PersonalStore | None, name: str) -> PersonalStore:
-        store = directory.fresh_store(name, len(users), _initial(model, who.plan.personal))
+        store = directory.fresh_store(name, len(users), model.initial_of(who.plan.personal))
         done = 0
         for cohort, parameters in who.finish(users, start, rounds):
             store.stage(cohort, parameters)
@@ -220,10 +218,6 @@ def free_directory(parent: Path, name: str, resume: bool = False) -> Path:
         return parent / names[first]
     stopped = [one for one in names[:first] if not RunDirectory(parent / one).finished]
     return parent / (stopped or names[:first])[-1]
-
-
-def _initial(model: CohortModel, groups: tuple[str, ...]) -> dict[str, Tensor]:
-    return {name: model.initial[name] for name in model.names(groups)}
 
 
 def _people(experiment: Experiment) -> str:

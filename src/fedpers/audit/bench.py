@@ -151,7 +151,7 @@ class Bench:
         model = self.model if world is None else self._model_of(world)
         plan = experiment.plan
         self._made += 1
-        initial = {name: model.initial[name] for name in model.names(plan.kept)}
+        initial = model.initial_of(plan.kept)
         store = PersonalStore(self.folder / f"store-{self._made}", len(experiment.examples.users), initial)
         guard = replace(experiment.guarantee, **(changes or {}))
         clients = Clients(experiment.config, plan, guard, model, store, self.clients_key)

@@ -102,7 +102,7 @@ def user_canary_audit(
         directory = RunDirectory.create(Path(folder) / "run", config)
         key = derive(directory.secret(), "user canaries")
         included = tossed(key, experiment.examples.users[real:])
-        store = PersonalStore(directory.private / "rounds", real, _initial(model, experiment.plan.kept))
+        store = PersonalStore(directory.private / "rounds", real, model.initial_of(experiment.plan.kept))
         server_key, clients_key = run_keys(directory.secret(), result_text(config))
         sign = np.where(included, 1.0, -1.0 if opposite else 0.0).astype(np.float32)
         clients = CanaryClients(experiment, model, store, clients_key, orthogonal(count, dimension, key), sign)
@@ -241,7 +241,3 @@ def _never_asked(config: Config) -> float:
     if config.client_sampling == "cyclic" and config.client_rate < 1:
         return max(0.0, 1 - config.rounds / period(config.client_rate))
     return float((1 - config.client_rate) ** config.rounds)
-
-
-def _initial(model: CohortModel, groups: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    return {name: model.initial[name] for name in model.names(groups)}

@@ -120,7 +120,7 @@ class WatchedClients(Clients):
 
     def __init__(self, experiment: Experiment, model: CohortModel, folder: Path, secret: bytes, included: Mask) -> None:
         examples, plan = experiment.examples, experiment.plan
-        initial = {name: model.initial[name] for name in model.names(plan.kept)}
+        initial = model.initial_of(plan.kept)
         users = len(examples.users)
         store = PersonalStore(folder / "rounds", users, initial)
         super().__init__(experiment.config, plan, experiment.guarantee, model, store, secret)
@@ -189,7 +189,7 @@ class Gradients:
         plain = {"optimizer": "sgd", "lr": LearningRates(adapter=1.0, head=1.0)}
         config = config.model_copy(update={"local": config.local.model_copy(update=plain)})
         guarantee = replace(clients.guarantee, steps=1, rate=1.0, denominator=1.0, noise_multiplier=0.0)
-        initial = {name: model.initial[name] for name in model.names(clients.plan.kept)}
+        initial = model.initial_of(clients.plan.kept)
         rows = np.concatenate(examples.train)
         self._edges = np.cumsum([0, *map(len, examples.train)])
         store = PersonalStore(folder, len(rows), initial)

@@ -173,7 +173,7 @@ def _observe(
     guarantee = replace(
         experiment.guarantee, clip=clip, noise_multiplier=noise, steps=1, denominator=1.0, rate=1.0
     )  # fmt: skip
-    personal = {name: model.initial[name] for name in model.names(experiment.plan.groups(PERSONAL))}
+    personal = model.initial_of(experiment.plan.groups(PERSONAL))
     users, config = range(len(experiment.examples.users)), experiment.config
     # A stream of its own: under one secret no run's noise is drawn a second time.
     secret = derive(secret_key(config.privacy.secret), "inversion")

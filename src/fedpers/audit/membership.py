@@ -159,7 +159,7 @@ def train_shadow(experiment: Experiment, model: CohortModel, number: int) -> Sha
     inside = replace(experiment, config=config, examples=restrict(examples, included))
     with TemporaryDirectory(prefix="fedpers-shadow-") as folder:
         directory = RunDirectory.create(Path(folder) / "run", config)
-        initial = {name: model.initial[name] for name in model.names(plan.kept)}
+        initial = model.initial_of(plan.kept)
         store = PersonalStore(directory.private / "rounds", len(examples.users), initial)
         server_key, clients_key = run_keys(directory.secret(), result_text(config))
         clients = Clients(config, plan, experiment.guarantee, model, store, clients_key)

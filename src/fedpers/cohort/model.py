@@ -98,6 +98,10 @@ class CohortModel(nn.Module):
         """Return the array names of these groups, sorted."""
         return tuple(name for name in self.layers if self.group[name] in groups)
 
+    def initial_of(self, groups: Sequence[str]) -> dict[str, Tensor]:
+        """Return the public initial values, (out, in), of the arrays of these groups."""
+        return {name: self.initial[name] for name in self.names(groups)}
+
     def broadcast(self, clients: int, arrays: Mapping[str, Tensor] | None = None) -> Parameters:
         """Return parameters for a cohort: everyone gets `arrays` (out, in), or the initial value where not given."""
         given = arrays or {}
