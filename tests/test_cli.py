@@ -20,6 +20,7 @@ from conftest import SECRET, Command
 from fedpers.config import Config, dump_config, load_config
 from fedpers.data.base import Federation
 from fedpers.data.synthetic import Synthetic
+from fedpers.registry import names
 from fedpers.reporting import BarReporter, PlainReporter, Reporter, reporter
 
 USER = ("privacy.unit=user", "privacy.epsilon=8", "privacy.clip=1", "privacy.delta=1e-3")
@@ -74,7 +75,7 @@ BAD_VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "epsilon without a unit": (("privacy.epsilon=2",), ("unit is none", "set privacy.unit")),
     "a unit without a clip": (("privacy.unit=user", "privacy.epsilon=2"), ("needs privacy.clip",)),
     "unknown unit": (("privacy.unit=usr",), ("privacy.unit = 'usr'", "'none', 'record' or 'user'")),
-    "unknown group": (("share=adapter+hed",), ("share", "'hed'", "'adapter' or 'head'")),
+    "unknown group": (("share=adapter+hed",), ("share", "'hed'", "'adapter', 'norm' or 'head'")),
     "no candidates": (("task.candidates=1",), ("task.candidates = 1", "greater than or equal to 2")),
     "caps that exclude everyone": (("data.min_train=20",), ("min_train=20", "max_train=12")),
     "a name that leaves the directory": (("name=../x",), ("name = '../x'", "pattern")),
@@ -103,7 +104,7 @@ BAD_SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "privacy.unit=user"),
     ),
     "fedper with record-level noise": ((*RECORD, "method=fedper"), ("'fedper'", "Three sound ways out")),
-    "unknown method": (("method=fedrap",), ("'fedrap'", "did you mean 'fedrep'", "known: ditto, fedavg, ")),
+    "unknown method": (("method=fedrap",), ("'fedrap'", "did you mean 'fedrep'", "known: apfl, ")),
     "unknown data": (("data.name=syntetic",), ("'syntetic'", "did you mean 'synthetic'", "known: chitchat")),
     "unknown task": (("task.name=reply-rank",), ("'reply-rank'", "did you mean 'reply-ranking'")),
     "unknown asset": (("model.backbone=all-MiniLM-L6-v3",), ("'all-MiniLM-L6-v3'", "Did you mean all-MiniLM-L6-v2")),
@@ -115,6 +116,13 @@ BAD_SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "too small a pool": (("task.candidates=40",), ("120 texts", "40 candidates", "lower task.candidates")),
     "nobody to swap with": (("method=fedper", "data.users=1"), ("raise data.users",)),
     "a secret that is none": (("privacy.secret=abc",), ("privacy.secret", "64 hexadecimal digits")),
+    "an option of another method": (
+        ("method=fedavg", "options.mu=1"), ("options.mu", "'fedavg' has no such number", "its options: none"),
+    ),
+    "a misspelt option": (("method=fedprox", "options.mue=1"), ("options.mue", "its options: mu=0.1")),
+    "what a method is about, left out": (
+        ("method=rolora", "share=head"), ("share=head", "about the adapter", "set share=adapter+head"),
+    ),
     "nothing left to share": (("method=fedrep", "share=head"), ("share=head", "set share=adapter")),
 }  # fmt: skip
 
@@ -196,16 +204,31 @@ def test_help_and_methods(fedpers: Command) -> None:
         assert re.search(rf"^\W*{command}\b", out, re.MULTILINE)
     code, out, _ = fedpers("methods")
     assert code == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if line.startswith("│")]
-    assert {name: (adapter, head) for name, adapter, head in rows if name} == {
-        "ditto": ("shared", "shared"),
-        "fedavg": ("shared", "shared"),
-        "fedavg-finetune": ("shared", "shared"),
-        "fedbabu": ("shared", "personal"),
-        "fedper": ("shared", "personal"),
-        "fedrep": ("shared", "personal"),
-        "local": ("personal", "personal"),
+    shown = printed_methods(out)
+    assert list(shown) == names("methods")
+    expected = {
+        "fedavg": "adapter, head; -",
+        "fedbabu": "adapter; head",
+        "fedbn": "adapter, head; norm",
+        "fedit": "adapter; -",
+        "fedsa-lora": "A; B, head",
+        "ffa-lora": "B, head; -",
+        "local": "-; adapter, head",
     }
+    assert {name: shown[name] for name in expected} == expected
+
+
+def printed_methods(out: str) -> dict[str, str]:
+    """What is shared and what stays, by method; a cell may take several lines."""
+    head, *lines = out.splitlines()[1:]
+    second, third = head.index("shared; stays"), head.index("what it does")
+    shown: dict[str, str] = {}
+    for line in lines:
+        name, cell = line[:second].strip(" ─"), line[second:third].strip(" ─")
+        if name or (cell and shown):
+            name = name or next(reversed(shown))
+            shown[name] = f"{shown.get(name, '')} {cell}".strip()
+    return shown
 
 
 @pytest.mark.parametrize(
@@ -327,7 +350,6 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     [
         "import fedpers; fedpers.load_config",
         "sys.argv[1:] = ['--help']; from fedpers.cli import main; main()",
-        "sys.argv[1:] = ['methods']; from fedpers.cli import main; main()",
         "sys.argv[1:] = ['run', 'nowhere.yaml']; from fedpers.cli import main; main()",
     ],
 )

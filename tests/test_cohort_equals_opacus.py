@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from conftest import SECRET
 from fedpers.cohort.batching import Step, epochs, poisson
 from fedpers.cohort.clients import Clients
+from fedpers.cohort.layout import layout
 from fedpers.cohort.linear import CohortLinear, Owners, to_cohort
 from fedpers.cohort.local_training import RecordProtection, train_phase
 from fedpers.cohort.model import CohortModel, Parameters
@@ -128,8 +129,8 @@ def make_clients(config: Config, folder: Path, **guarantee: Any) -> Clients:
     experiment = prepare(config)
     model = build_model(experiment, Reporter())
     plan = experiment.plan
-    initial = {name: model.initial[name] for name in model.names(plan.kept)}
-    store = PersonalStore(folder / "personal", len(experiment.examples.users), initial)
+    first = layout(config, plan, model).kept()
+    store = PersonalStore(folder / "personal", len(experiment.examples.users), first)
     return Clients(config, plan, replace(experiment.guarantee, **guarantee), model, store, KEY)
 
 
@@ -459,10 +460,10 @@ class WithBias(nn.Module):
         self.output = nn.Linear(3, 2)
 
 
-class WithNorm(nn.Module):
+class WithBatchNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(3, 3, bias=False), nn.LayerNorm(3))
+        self.inner = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3))
 
 
 class WithOwnParameter(nn.Module):
@@ -473,7 +474,11 @@ class WithOwnParameter(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "found"),
-    [(WithBias(), "output.*Linear"), (WithNorm(), r"inner\.1.*LayerNorm"), (WithOwnParameter(), "WithOwnParameter")],
+    [
+        (WithBias(), "output.*Linear"),
+        (WithBatchNorm(), r"inner\.1.*BatchNorm1d"),
+        (WithOwnParameter(), "WithOwnParameter"),
+    ],
 )
 def test_what_cannot_be_trained_in_cohorts_is_refused(module: nn.Module, found: str) -> None:
     with pytest.raises(TypeError, match=found):

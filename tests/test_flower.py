@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from conftest import SECRET
 from fedpers import rounds
 from fedpers.cohort.clients import Clients
+from fedpers.cohort.layout import Layout, layout
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config
@@ -32,6 +33,8 @@ from fedpers.flower import strategy as strategy_module
 from fedpers.flower.client_app import make_client_app
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, stock_strategy
+from fedpers.methods.base import PERSONAL, SHARED
+from fedpers.models.adapters import base_name
 from fedpers.privacy import user_level
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import uniforms
@@ -54,7 +57,11 @@ OPTIONS: dict[str, dict[str, float]] = {
     "FedAdam": {"eta": 0.02},
     "FedYogi": {"eta": 0.02},
 }
-METHODS = ("fedavg", "fedavg-finetune", "fedbabu", "fedper", "fedrep", "local")
+METHODS = (
+    "fedavg", "fedavg-finetune", "fedbabu", "fedper", "fedrep", "local", "ditto", "fedbn", "feddpa", "fedsa-lora",
+    "ifca", "lg-fedavg", "rolora", "sdflora",
+)  # fmt: skip
+DIRECTION = "head.direction.weight"
 
 
 @dataclass
@@ -77,8 +84,11 @@ class World:
         return place
 
     def store(self, directory: Path) -> PersonalStore:
-        names = self.model.names(self.experiment.plan.kept)
-        return PersonalStore(directory, len(self.users), {name: self.model.initial[name] for name in names})
+        return PersonalStore(directory, len(self.users), self.layout.kept())
+
+    @property
+    def layout(self) -> Layout:
+        return layout(self.config, self.experiment.plan, self.model)
 
     def clients(self, store: PersonalStore | None = None) -> Clients:
         store = store or self.store(self.place())
@@ -89,11 +99,10 @@ class World:
         opening = guarantee.opening(self.config, clients.shared_names, len(self.users), "given in the configuration")
         ledger = Ledger.create(self.place() / "ledger.jsonl", opening)
         given = {"users": self.users, "secret": KEY, **changes}
-        return FedpersStrategy(self.config, guarantee, ledger=ledger, **given)
+        return FedpersStrategy(self.config, guarantee, ledger=ledger, layout=clients.layout, **given)
 
     def initial(self, clients: Clients) -> ArrayRecord:
-        arrays = {name: self.model.initial[name].numpy() for name in clients.shared_names}
-        return wire.to_record(arrays, clients.shared_names)
+        return wire.to_record(clients.layout.broadcast(), clients.shared_names)
 
     @property
     def users(self) -> tuple[str, ...]:
@@ -210,7 +219,7 @@ def test_an_unmodified_strategy_trains_and_evaluates_on_the_grid(
     assert sizes == [("train", 6, 6), ("evaluate", 8, 8)] * 2
     assert distance(wire.from_record(result.arrays), wire.from_record(initial)) > 1e-3
     # The metrics that come back are those of the arrays that went out, averaged over users.
-    found = shared_metrics(here.model, range(USERS), wire.from_record(result.arrays))
+    found = shared_metrics(clients, range(USERS), wire.from_record(result.arrays))
     got = result.evaluate_metrics_clientapp[2]
     assert set(got) == {"accuracy", "mrr", "loss"}
     for metric in got:
@@ -675,7 +684,11 @@ def test_the_search_for_leaks_finds_them_everywhere_in_a_message(world: Make) ->
 
 @pytest.mark.parametrize(
     ("method", "privacy"),
-    [*((method, {}) for method in METHODS), ("fedper", USER_LEVEL), ("fedrep", USER_LEVEL), ("fedbabu", RECORD_LEVEL)],
+    [
+        *((method, {}) for method in METHODS),
+        *((method, USER_LEVEL) for method in ("fedper", "fedrep", "fedbn", "fedsa-lora", "feddpa")),
+        *((method, RECORD_LEVEL) for method in ("fedbabu", "feddpa", "rolora")),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.get("unit", "none"),
 )
 def test_no_message_holds_anything_personal(
@@ -688,20 +701,27 @@ def test_no_message_holds_anything_personal(
     secrets = secrets_of(here, road.store)
     road.go()
     secrets |= {f"{name} afterwards": row for name, row in secrets_of(here, road.store).items()}
-    messages = [message for grid in grids for message in grid.messages]
+    messages = [(wire.round_of(sent[0]), one) for grid in grids for sent, got in grid.seen for one in (*sent, *got)]
     if method == "local":
         assert messages == []
         return
     assert len(messages) == 2 * 2 * USERS
-    shared = sorted(here.model.names(here.experiment.plan.shared))
-    assert any("head" in name for name in shared) == (method in {"fedavg", "fedavg-finetune"})
-    if method in {"fedper", "fedrep"}:  # the search knows the heads before and after the rounds
-        assert sum(name.startswith("head.direction.weight of user") for name in secrets) > USERS
-    for message in messages:
+    plan, shared = here.experiment.plan, sorted(here.layout.shared)
+    assert any("head" in name for name in shared) == (plan.scopes["head"] is SHARED)
+    stays = {group for phase in plan.round for group in phase.train if phase.own or plan.scopes[group] is PERSONAL}
+    for array in here.model.names(sorted(stays)):  # the search knows what stays before and after the rounds
+        assert sum(name.startswith(f"{array} of user") for name in secrets) > (USERS if array == DIRECTION else 0) or (
+            road.store.read([0])[array].numel() == 1
+        )
+    for number, message in messages:
         assert leaks(message, secrets) == []
-        assert sorted(message.content[wire.ARRAYS]) == shared
-        for name, array in message.content[wire.ARRAYS].items():
-            assert array.shape == tuple(here.model.initial[name].shape)
+        down = message.metadata.src_node_id == 1
+        sent = message.content[wire.ARRAYS]
+        assert sorted({base_name(name) for name in sent}) == (
+            shared if down else [name for name in shared if here.model.group[name] in plan.sent(number)]
+        )
+        for name, array in sent.items():
+            assert array.shape == tuple(here.model.initial[base_name(name)].shape)
         if message.metadata.src_node_id == 1:  # the server
             assert set(message.content) == {wire.ARRAYS, wire.CONFIG}
             assert set(message.content[wire.CONFIG]) == {"server-round"}

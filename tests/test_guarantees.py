@@ -29,10 +29,11 @@ import fedpers.cohort.clients as clients_module
 from conftest import SECRET, opening_fields
 from fedpers import simulation
 from fedpers.cohort.clients import Clients
-from fedpers.config import GROUPS, Config, parse_config
+from fedpers.config import FAMILY, GROUPS, Config, parse_config
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
 from fedpers.experiment import Reuse, build_model, identity, prepare
-from fedpers.methods.base import FROZEN, PERSONAL, SHARED, Method, Phase, Plan, plan
+from fedpers.methods.base import FROZEN, PERSONAL, SHARED, Method, Phase
+from fedpers.plan import Plan, alias, plan
 from fedpers.privacy import user_level
 from fedpers.privacy.dataflow import RECORDS, feedback, flows, leaks
 from fedpers.privacy.ledger import Ledger, release_hash
@@ -78,58 +79,91 @@ def go(config: Config, path: Path, resume: bool = False) -> Run:
 # ---------------------------------------------------------------- the verdict on a table
 
 
+FINE = ("A", "B", "A2", "B2", "norm", "head")
+FUNCTIONS = ("begin", "gradient", "end")
+FAMILIES = {"groups": "adapter+norm+head"}
+
+
 def tainted(table: Plan) -> bool:
-    """Play four rounds and mark what has seen a record without noise; whether a mark reaches something shared."""
+    """Play four rounds and mark what has seen a record without noise; whether a mark reaches something shared.
+
+    A mark stays, whatever is written over it.
+    """
     private_heads = table.head in {"joint", "split-dp"}
     marked: set[tuple[str, str]] = set()
+    if table.method.clusters and table.shared:
+        return True  # which model a user takes is read off the records, and shapes what all of them become
 
     def where(phase: Phase, group: str) -> tuple[str, str]:
         return group, "own" if phase.own and group in table.twins else table.scopes[group].value
 
-    for phase in [phase for _ in range(4) for phase in table.round for _ in range(2)]:  # two steps of each phase
-        for group in phase.train:
-            target = where(phase, group)
-            reads = any(where(phase, other) in marked for other in table.scopes if other != group)
-            if target[1] == "shared":
-                if reads:
-                    return True
-            elif reads or target[1] == "own" or not private_heads:
-                marked.add(target)
+    for _ in range(4):
+        for phase in [phase for phase in table.round for _ in range(2)]:  # two steps of each phase
+            seen = [where(phase, group) for group in table.scopes if group not in phase.without]
+            for group in phase.train:
+                target = where(phase, group)
+                reads = any(cell in marked for cell in seen if cell[0] != group)
+                if target[1] == "shared":
+                    # A point between two models is learnt from the records, and nothing is added to it.
+                    if reads or phase.blend:
+                        return True
+                elif reads or target[1] == "own" or not private_heads:
+                    marked.add(target)
+        kept = {(group, "personal") for group in table.scopes} | {(group, "own") for group in table.twins}
+        if table.method.overrides(*FUNCTIONS) and table.shared and marked & kept:
+            return True  # these functions see all that is kept and write what is sent
     return False
 
 
-def table_of(scopes: dict[str, Any], phases: Iterable[Phase], privacy: dict[str, Any] | None = None) -> Plan:
-    cls = type("Table", (Method,), {"scopes": scopes, "round": tuple(phases)})
-    config = parse_config({"personal": {"groups": "adapter+head"}, "privacy": privacy or {}})
+def table_of(
+    scopes: dict[str, Any], phases: Iterable[Phase], privacy: dict[str, Any] | None = None, **more: Any
+) -> Plan:
+    cls = type("Table", (Method,), {"scopes": scopes, "round": tuple(phases), "options": {"number": 2.0}, **more})
+    config = parse_config({"personal": FAMILIES, "share": FAMILIES["groups"], "privacy": privacy or {}})
     return plan("some-table", cls, config)
 
 
 @st.composite
-def tables(draw_from: st.DrawFn) -> tuple[dict[str, Any], list[Phase]]:
-    """A table that a method may have: what is shared moves in some phase that is not on own copies."""
-    scopes = {group: draw_from(st.sampled_from([FROZEN, SHARED, PERSONAL])) for group in GROUPS}
-    moving = [group for group in GROUPS if scopes[group] is not FROZEN]
+def tables(draw_from: st.DrawFn) -> tuple[dict[str, Any], list[Phase], dict[str, Any]]:
+    """A table that a method may have: what is shared moves in some phase that is not on own copies, or at the end."""
+    there = draw_from(st.sets(st.sampled_from(FINE))) | {"A", "B", "head"}
+    scopes = {group: draw_from(st.sampled_from([FROZEN, SHARED, PERSONAL])) for group in GROUPS if group in there}
+    moving = [group for group in scopes if scopes[group] is not FROZEN]
     assume(moving)
+    keeps = draw_from(st.booleans())
     phases = []
     for train in draw_from(st.lists(st.sets(st.sampled_from(moving), min_size=1), max_size=4)):
-        own = all(scopes[group] is SHARED for group in train) and draw_from(st.booleans())
-        phases.append(Phase(*sorted(train), own=own))
+        sent = all(scopes[group] is SHARED for group in train)
+        kind = draw_from(st.sampled_from(["", "own", "blend"] if keeps else ["", "own"])) if sent else ""
+        others = [group for group in scopes if group not in train]
+        without = draw_from(st.sets(st.sampled_from(others))) if others else set()
+        blend = "number" if kind == "blend" else ""
+        phases.append(Phase(*sorted(train), own=kind == "own", blend=blend, without=sorted(without)))
+    functions = draw_from(st.sets(st.sampled_from(FUNCTIONS)) | st.just(set()))
     trained = {group for phase in phases if not phase.own for group in phase.train}
     missing = [Phase(group) for group in moving if scopes[group] is SHARED and group not in trained]
-    return scopes, draw_from(st.permutations([*phases, *missing]))
+    more: dict[str, Any] = {name: classmethod(lambda cls, *given: given[-1]) for name in functions}
+    more |= {"keeps": keeps, "clusters": draw_from(st.sampled_from(["", "", "", "number"]))}
+    return scopes, draw_from(st.permutations([*phases, *missing])), more
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(table=tables(), policy=st.sampled_from(["method", "frozen", "joint", "split", "split-dp"]))
 def test_the_graph_agrees_with_playing_the_rounds(table: Any, policy: str) -> None:
+    scopes, phases, more = table
     privacy = {**RECORD, "head": policy}
     try:
-        made = table_of(*table, privacy)
+        made = table_of(scopes, phases, privacy, **more)
     except ConfigError:  # the policy has nothing to act on
         privacy = RECORD
-        made = table_of(*table, privacy)
-    assert bool(leaks(made)) == tainted(made) == bool(feedback(made))
-    if made.head in {"frozen", "joint", "split-dp"}:
+        made = table_of(scopes, phases, privacy, **more)
+    assert bool(leaks(made)) == tainted(made)
+    beyond = bool(made.method.clusters) or any(phase.blend for phase in made.round)
+    assert bool(feedback(made)) <= bool(leaks(made))
+    assert beyond or bool(feedback(made)) == bool(leaks(made))
+    # no policy for personal groups reaches own copies, choices and blends
+    copies = made.method.overrides(*FUNCTIONS) and any(phase.own for phase in made.round)
+    if made.head in {"frozen", "joint", "split-dp"} and not beyond and not copies:
         assert not leaks(made)
     for path in leaks(made):
         assert path[0] == RECORDS
@@ -147,6 +181,23 @@ def test_the_graph_agrees_with_playing_the_rounds(table: Any, policy: str) -> No
             assert made.protected(phase)
 
 
+def test_the_tables_that_are_played_hold_every_way() -> None:
+    """Each feature alone turns a sound table into one that leaks: none of them is drawn without effect."""
+    scopes = {"A": SHARED, "B": FROZEN, "A2": PERSONAL, "head": SHARED}
+    own, phases = Phase("head", own=True), [Phase("A2"), Phase("A", "head", without=("A2",))]
+    function = {"begin": classmethod(lambda cls, visit: None)}
+    assert not tainted(table_of(scopes, phases))
+    assert tainted(table_of(scopes, [Phase("A2"), Phase("A", "head")]))
+    assert tainted(table_of(scopes, phases, **function))
+    assert tainted(table_of(scopes, phases, clusters="number"))
+    assert tainted(table_of(scopes, [*phases, Phase("A", blend="number", without=("A2",))], keeps=True))
+    still = phases[1:]
+    assert not tainted(table_of(scopes, still, **function))
+    assert not tainted(table_of(scopes, still, keeps=True, **function)), "a copy of what was sent under noise"
+    assert not tainted(table_of(scopes, [own, *still]))
+    assert tainted(table_of(scopes, [own, *still], **function))
+
+
 def verdict(config: Config, method: str) -> str:
     try:
         table = plan(method, find("methods", method, Method), config)
@@ -156,12 +207,30 @@ def verdict(config: Config, method: str) -> str:
     return "accepted"
 
 
-MOVES_HEADS = {  # a personal group moves in some round: read off the table, so that a new method needs no line here
-    name
-    for name in names("methods")
-    for table in [find("methods", name, Method)]
-    if any(table.scopes[group] is PERSONAL for phase in table.round for group in phase.train)
-}
+def moved_at_home(table: type[Method]) -> set[str]:
+    """Personal groups that move in some round: read off the table, so that a new method needs no line here."""
+    return {group for phase in table.round for group in phase.train if table.scopes[group] is PERSONAL}
+
+
+def fed(table: type[Method]) -> bool:
+    """Whether what moves without noise is read where something shared is trained."""
+    sends = [phase for phase in table.round if not phase.own and any(table.scopes[g] is SHARED for g in phase.train)]
+    heads = any(moved_at_home(table) - set(phase.without) for phase in sends)
+    copies = table.overrides(*FUNCTIONS) and any(phase.own for phase in table.round)
+    return bool(heads or copies or table.clusters or any(phase.blend for phase in table.round))
+
+
+def expected_verdict(table: type[Method], unit: str, policy: str) -> str:
+    moving = moved_at_home(table)
+    if policy != "method" and not (moving and SHARED in table.scopes.values()):
+        return "ConfigError"  # nothing for the policy to act on
+    if policy in {"split", "split-dp"} and any(moving & set(p.train) and set(p.train) - moving for p in table.round):
+        return "ConfigError"  # one step cannot see two halves
+    if table.unclaimable or (unit == "user" and table.overrides("combine")):
+        return "PrivacyRefusal"
+    if policy in {"joint", "split-dp"} and unit == "user":
+        return "ConfigError"  # no record-level noise to train under
+    return "PrivacyRefusal" if unit == "record" and policy in {"method", "split"} and fed(table) else "accepted"
 
 
 @pytest.mark.parametrize("policy", ["method", "frozen", "joint", "split", "split-dp"])
@@ -169,19 +238,11 @@ MOVES_HEADS = {  # a personal group moves in some round: read off the table, so 
 def test_every_method_under_every_head_policy(unit: str, policy: str) -> None:
     config = parse_config({"privacy": {**(RECORD if unit == "record" else USER), "head": policy}})
     for method in names("methods"):
-        if policy == "method":
-            expected = "PrivacyRefusal" if unit == "record" and method in MOVES_HEADS else "accepted"
-        elif method not in MOVES_HEADS or (policy in {"joint", "split-dp"} and unit == "user"):
-            expected = "ConfigError"  # nothing for the policy to act on, or no record-level noise to train under
-        elif policy in {"split", "split-dp"} and method == "fedper":
-            expected = "ConfigError"  # one step cannot see two halves
-        else:
-            expected = "PrivacyRefusal" if policy == "split" and unit == "record" else "accepted"
-        assert verdict(config, method) == expected, method
+        assert verdict(config, method) == expected_verdict(find("methods", method, Method), unit, policy), method
 
 
 TABLES: dict[str, tuple[dict[str, Any], tuple[Phase, ...], tuple[str, ...]]] = {
-    "personal adapter, shared head": ({"adapter": PERSONAL, "head": SHARED}, (Phase("adapter", "head"),), ("adapter",)),
+    "personal adapter, shared head": ({"adapter": PERSONAL, "head": SHARED}, (Phase("adapter", "head"),), ("A", "B")),
     "personal head, after the shared part": (
         {"adapter": SHARED, "head": PERSONAL}, (Phase("adapter"), Phase("head")), ("head",),
     ),
@@ -198,6 +259,22 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[Phase, ...], tuple[str, ...]]] = {
     "an own copy does not cover a moving head": (
         {"adapter": SHARED, "head": PERSONAL}, (Phase("adapter", own=True), Phase("head"), Phase("adapter")), ("head",),
     ),
+    "one factor at home": ({"A": SHARED, "B": PERSONAL, "head": FROZEN}, (Phase("A", "B"),), ("B",)),
+    "norms at home": (
+        {"adapter": SHARED, "norm": PERSONAL, "head": FROZEN}, (Phase("adapter", "norm"),), ("norm",),
+    ),
+    "a second adapter that is read at its public value": (
+        {"adapter": SHARED, "adapter2": PERSONAL, "head": SHARED},
+        (Phase("adapter2"), Phase("adapter", "head", without=("adapter2",))), (),
+    ),
+    "a second adapter that is read as it is, in one phase of two": (
+        {"adapter": SHARED, "adapter2": PERSONAL, "head": SHARED},
+        (Phase("adapter2"), Phase("adapter", without=("adapter2",)), Phase("head")), ("A2", "B2"),
+    ),
+    "of two personal groups one is read": (
+        {"adapter": SHARED, "norm": PERSONAL, "head": PERSONAL},
+        (Phase("norm"), Phase("head", without=("norm",)), Phase("adapter", without=("norm",))), ("head",),
+    ),
 }  # fmt: skip
 
 
@@ -211,7 +288,7 @@ def test_the_verdict_on_somebody_elses_method_is_read_off_its_table(name: str) -
     if expected:
         with pytest.raises(PrivacyRefusal, match="some-table") as refusal:
             check_setup(config, table)
-        assert f"personal {expected[0]}" in str(refusal.value)
+        assert f"personal {alias(expected)}" in str(refusal.value)
         frozen = table_of(scopes, phases, {**RECORD, "head": "frozen"})
         check_setup(parse_config({"privacy": {**RECORD, "head": "frozen"}}), frozen)
         assert [set(phase.train) & set(expected) for phase in frozen.round] == [set() for _ in frozen.round]
@@ -419,6 +496,13 @@ RECORD_SETUPS: dict[str, dict[str, Any]] = {
     "fedrep, split-dp": {"method": "fedrep", "privacy": {"head": "split-dp"}},
     "fedrep, frozen": {"method": "fedrep", "privacy": {"head": "frozen"}},
     "ditto, per layer": {"method": "ditto", "privacy": {"clipping": "per-layer"}},
+    "per-fedavg": {"method": "per-fedavg"},
+    "scaffold, Poisson clients": {"method": "scaffold", "client_rate": 0.5},
+    "rolora": {"method": "rolora"},
+    "fedsvd": {"method": "fedsvd"},
+    "fedex-lora": {"method": "fedex-lora"},
+    "fedsa-lora, joint": {"method": "fedsa-lora", "privacy": {"head": "joint"}},
+    "feddpa": {"method": "feddpa"},
 }
 
 
@@ -428,7 +512,8 @@ def test_a_record_level_claim_is_what_its_ledger_adds_up_to(tiny: Tiny, tmp_path
     config = tiny(**{**changed, **SHORT, "privacy": {**RECORD, "epsilon": 6, **changed.get("privacy", {})}})
     run = go(config, tmp_path / "run")
     check_claim(run, 6)
-    phases = {"fedrep, joint": (4, 0), "fedrep, split-dp": (2, 2)}.get(name, (2, 0))  # 1 epoch at rate 1/2: 2 steps
+    # 1 epoch at rate 1/2: 2 steps, and two gradients for each of per-fedavg's
+    phases = {"fedrep, joint": (4, 0), "per-fedavg": (4, 0), "fedrep, split-dp": (2, 2)}.get(name, (2, 0))
     assert {(line["steps"], line["head_steps"]) for line in lines(run)[1]} == {phases}
     assert run.claim.record_level is None
     assert run.claim.trust == "record-local"
@@ -727,18 +812,18 @@ def test_a_run_killed_in_its_last_round_stops_there_too(tiny: Tiny, tmp_path: Pa
 def test_a_schedule_follows_releases_under_a_filter(tiny: Tiny, tmp_path: Path) -> None:
     """Steps too small to be seen: the noise falls round by round; large ones: it stays. The claim is the filter's."""
 
-    def config(step: float, epsilon: float, **changed: Any) -> Config:
+    def config(step: float, clip: float, epsilon: float, **changed: Any) -> Config:
         rates = {"adapter": step, "head": step}
-        privacy = {**USER, "clip": 1e3, "epsilon": epsilon, "schedule": "signal"}
+        privacy = {**USER, "clip": clip, "epsilon": epsilon, "schedule": "signal"}
         return tiny(method="fedavg", rounds=5, local={"lr": rates}, privacy=privacy, **changed, **SHORT)
 
-    quiet_config = config(1e-6, 4, client_rate=0.6)
-    quiet, loud = go(quiet_config, tmp_path / "quiet"), go(config(1e6, 300, share="head"), tmp_path / "loud")
+    quiet_config = config(1e-6, 1e3, 4, client_rate=0.6)
+    quiet, loud = go(quiet_config, tmp_path / "quiet"), go(config(3.0, 0.3, 3000, share="head"), tmp_path / "loud")
     falling, staying = ([line["noise_multiplier"] for line in lines(run)[1]] for run in (quiet, loud))
     assert all(b == pytest.approx(0.8 * a) for a, b in pairwise(falling))
     assert len(falling) >= 3
     assert len(set(staying)) == 1
-    for run, epsilon in ((quiet, 4), (loud, 300)):
+    for run, epsilon in ((quiet, 4), (loud, 3000)):
         check_claim(run, epsilon)
         assert run.claim.epsilon == epsilon
         assert run.claim.accountant.startswith("Renyi filter")
@@ -757,7 +842,7 @@ def test_per_layer_clipping_keeps_the_joint_bound_for_a_record(tiny: Tiny, tmp_p
     shared = somewhere(clients)
     whole, arrays = sums(clients, shared), len(shared)
     # the shared sum is read off a reply, so the step size has to be divided out
-    rates = {n: getattr(clients.config.local.lr, clients.model.group[n]) for n in shared}
+    rates = {n: getattr(clients.config.local.lr, FAMILY[clients.model.group[n]]) for n in shared}
     for user, row in list(records(clients.examples, [1, 4])):
         less = sums(clients, shared, less_one(clients.examples, user, row))
         layers = {n: np.linalg.norm(whole[n][user] - less[n][user]) / rates[n] for n in shared}
@@ -812,7 +897,7 @@ def test_split_phases_see_disjoint_halves_of_the_records(
     first = {group: set(rows) for group, rows in seen.items()}
     clients.train_round(2, range(8), somewhere(clients))
     assert seen == first, "which half a record is in never changes"
-    head, shared = seen["head",], seen["adapter",]
+    head, shared = seen["head",], seen["A", "B"]
     assert head & shared == set()
     assert head | shared == {int(row) for rows in clients.examples.train for row in rows}
     assert min(len(head), len(shared)) > 0.3 * len(head | shared)

@@ -19,8 +19,12 @@ import pytest
 from conftest import SECRET, Command
 from fedpers.config import Config, dump_config
 from fedpers.flower import messages as wire
+from fedpers.flower.aggregation import serve
 from fedpers.privacy import refusals
 from flip import flip
+from test_probe import counted_once
+
+__all__ = ["counted_once"]  # a fixture
 
 USER = {"unit": "user", "epsilon": 4, "delta": 1e-4, "clip": 0.05}
 RECORD = {"unit": "record", "epsilon": 4, "delta": 1e-4, "clip": 0.05}
@@ -38,6 +42,32 @@ def noise_last(strategy: Any, number: int, listed: list[Any]) -> tuple[Any, Any]
     arrays, metrics = strategy.inner.aggregate_train(number, listed)
     moved = {name: (a + noise[name]).astype(np.float32) for name, a in wire.from_record(arrays).items()}
     return wire.to_record(moved, sorted(moved)), metrics
+
+
+def clip_without_companions(clip: Callable[..., Any]) -> Callable[..., Any]:
+    """Clip what was trained by itself, and let its companions through."""
+
+    def clipped(update: dict[str, Any], bound: float, per_layer: bool) -> tuple[dict[str, Any], float, bool]:
+        trained = {name: array for name, array in update.items() if not name.startswith("control.")}
+        kept, norm, longer = clip(trained, bound, per_layer)
+        return {name: kept.get(name, array) for name, array in update.items()}, norm, longer
+
+    return clipped
+
+
+def served_clean(strategy: Any, number: int, mean: dict[str, Any]) -> dict[str, Any]:
+    """Let the method's server function see the clean mean, and put the noise on what comes out."""
+    server = strategy._server()
+    scale = server.noise_multiplier * server.clip / strategy.guarantee.denominator
+    noise = {name: scale * one for name, one in server.noise(number).items()}
+    clean = {name: strategy._broadcast[name] + (one - noise[name]) for name, one in mean.items()}
+    arrays = serve(strategy.layout, {**strategy._broadcast, **clean}, strategy._broadcast, number)
+    return {name: (array + noise.get(name, 0.0)).astype(np.float32) for name, array in arrays.items()}
+
+
+def by_those_who_chose(total: dict[str, Any], updates: list[Any], denominator: float) -> dict[str, float]:
+    """How many clients moved each array: the size of its cluster."""
+    return {name: max(1, sum(bool(one[name].any()) for one in updates)) for name in total}
 
 
 @dataclass(frozen=True)
@@ -137,8 +167,8 @@ CONTROLS = {
     ),
     "noise after the server's optimizer": Control(
         "fedpers.flower.strategy",
-        "arrays, metrics = self.inner.aggregate_train(number, listed)",
-        "arrays, metrics = noise_last(self, number, listed)",
+        "arrays, metrics = self.inner.aggregate_train(number, replies)",
+        "arrays, metrics = noise_last(self, number, replies)",
         "one user at the broadcast",
         {"privacy": USER, "client_rate": 0.5, "local": BIG_STEPS, "server": {"strategy": "FedAdam"}},
         {"noise_last": noise_last},
@@ -161,6 +191,65 @@ CONTROLS = {
         "kept, norm, longer = _clip(update, clip, per_layer)",
         "kept, norm, longer = _clip(update, 1e9, per_layer)",
         "sensitivity of one user", {"privacy": USER, "client_rate": 0.5, "local": BIG_STEPS},
+    ),
+    "companions that are not clipped": Control(
+        "fedpers.privacy.mechanisms",
+        "kept, norm, longer = _clip(update, clip, per_layer)",
+        "kept, norm, longer = clip_without_companions(_clip)(update, clip, per_layer)",
+        "sensitivity of one user", {"method": "scaffold", "privacy": USER, "client_rate": 0.5, "local": BIG_STEPS},
+        {"clip_without_companions": clip_without_companions},
+    ),
+    "companions without noise": Control(
+        "fedpers.privacy.mechanisms",
+        "added = {name: noise_multiplier * clip * noise[name] for name in total}",
+        'added = {n: noise_multiplier * clip * noise[n] * (not n.startswith("control.")) for n in total}',
+        "noise", {"method": "scaffold", "privacy": USER, "client_rate": 0.5, "local": BIG_STEPS},
+    ),
+    "the mean over those who chose a model": Control(
+        "fedpers.privacy.mechanisms",
+        "mean={name: ((total[name] + added[name]) / denominator).astype(np.float32) for name in total},",
+        "mean={n: ((total[n] + added[n]) / by_those_who_chose(total, updates, denominator)[n]).astype(np.float32) "
+        "for n in total},",
+        "sensitivity of one user", {"method": "ifca", "privacy": USER, "client_rate": 0.5, "local": BIG_STEPS},
+        {"by_those_who_chose": by_those_who_chose},
+    ),
+    "noise on the first of the models alone": Control(
+        "fedpers.privacy.mechanisms",
+        "added = {name: noise_multiplier * clip * noise[name] for name in total}",
+        'added = {n: noise_multiplier * clip * noise[n] * n.startswith("cluster0.") for n in total}',
+        "noise", {"method": "ifca", "privacy": USER, "client_rate": 0.5, "local": BIG_STEPS},
+    ),
+    "noise on one factor, user": Control(
+        "fedpers.privacy.mechanisms",
+        "added = {name: noise_multiplier * clip * noise[name] for name in total}",
+        'added = {n: noise_multiplier * clip * noise[n] * (".lora_A." not in n) for n in total}',
+        "noise", {"method": "rolora", "privacy": USER, "client_rate": 0.5, "local": BIG_STEPS},
+    ),
+    "noise on one factor, record": Control(
+        "fedpers.cohort.clients",
+        "if self.guarantee.unit == \"record\" and not at_home and self.plan.protected(phase):",
+        "if self.guarantee.unit == \"record\" and not at_home and \"B\" in phase.train:",
+        "sensitivity of one record", {"method": "rolora", "privacy": RECORD},
+    ),
+    "the server's function before the noise": Control(
+        "fedpers.flower.strategy",
+        "return self._reply({**self._broadcast, **moved})",
+        "return self._reply(served_clean(self, number, found.mean))",
+        "one user at the broadcast", {"method": "fedsvd", "privacy": USER, "client_rate": 0.5, "local": BIG_STEPS},
+        {"served_clean": served_clean},
+    ),
+    "an own adapter that is read when the shared one is trained": Control(
+        "fedpers.cohort.rules",
+        "still = {name: model.initial[name] for name in model.names(phase.without)}",
+        "still = {GATE: model.initial[GATE] + 0.5} if phase.without else {}",
+        "sensitivity of one record",
+        {"method": "feddpa", "privacy": RECORD, "personal": {"epochs": 4, "batch_size": 2, "l2": 0}},
+    ),
+    "two noised steps for the price of one": Control(
+        "fedpers.privacy.guarantee",
+        "counts = {half: sum(2 if p.inner else 1 for p in noised if plan.half(p) == half) for half in HALVES}",
+        "counts = {half: sum(1 for p in noised if plan.half(p) == half) for half in HALVES}",
+        "steps on the ledger", {"method": "per-fedavg", "privacy": RECORD},
     ),
 }  # fmt: skip
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from fedpers import cli, registry
-from fedpers.config import HeadPolicy, Trust, parse_config
+from fedpers.config import TRUSTS, HeadPolicy, Trust, parse_config
 from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.experiment import prepare
 from fedpers.guarantees import Mode, guarantees
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRUSTED = [trust for trusts in TRUSTS.values() for trust in trusts]
 
 
 def test_the_method_shown_whole_is_the_file() -> None:
@@ -52,7 +53,30 @@ def test_the_guarantees_are_current(capsys: pytest.CaptureFixture[str], monkeypa
         r"^\| (none|record-\w+|user-\w+) \|", block, re.MULTILINE
     )
     assert max(map(len, shown.splitlines())) <= 80
-    assert "all but fedper, fedrep" in shown
+    rights = permits(block)
+    assert sorted(rights) == registry.names("methods"), "each method once"
+    assert rights["fedavg"] == ["yes"] * 5
+    assert rights["fedrep"][:2] == ["yes; also frozen, split", "only frozen, joint*, split-dp*"]
+    assert rights["fedala"] == ["yes", "no", "yes", "yes", "yes"]
+    assert rights["fedex-lora"] == ["yes", "yes", "no", "no", "yes"]
+    assert rights["flora"] == ["yes", "no", "no", "no", "no"]
+    monkeypatch.setenv("COLUMNS", "200")  # wide enough for no line to be broken
+    wide = methods(capsys, monkeypatch, "--guarantees")
+    for method, cells in rights.items():  # the same on a terminal
+        assert len(re.findall(rf"^  {method} ", shown, re.MULTILINE)) == 1
+        (section,) = [text for text in re.split(r"\n\s*\n", wide) if re.search(rf"^  {method} ", text, re.MULTILINE)]
+        lines = [re.split(r"\s{2,}", line.strip()) for line in section.splitlines()]
+        assert [line[-1] for line in lines if line[-2:-1] and line[-2] in TRUSTED] == cells
+
+
+def permits(block: str) -> dict[str, list[str]]:
+    """How far each method may run in each mode, from the table of methods."""
+    _, _, table = block.partition("| methods | none | record-local | user-central | user-distributed | user-local |\n")
+    found: dict[str, list[str]] = {}
+    for line in table.partition("\n\n")[0].splitlines()[1:]:
+        methods, *cells = line.strip("| ").split(" | ")
+        found |= dict.fromkeys(methods.split(", "), cells)
+    return found
 
 
 def test_the_guarantees_list_third_party_methods(
@@ -61,15 +85,14 @@ def test_the_guarantees_list_third_party_methods(
     theirs = EntryPoint("theirs", "fedpers.methods.fedrep:FedRep", "fedpers.methods")
     monkeypatch.setattr(registry, "entry_points", lambda group: (theirs,) if group == theirs.group else ())
     block = methods(capsys, monkeypatch, "--guarantees", "--markdown")
-    assert "all but fedper, fedrep, theirs" in block
-    assert "split-dp*: fedrep, theirs" in block
+    rights = permits(block)
+    assert rights["theirs"] == rights["fedrep"] != rights["fedper"]
 
 
-def test_markdown_alone_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["fedpers", "methods", "--markdown"])
-    with pytest.raises(SystemExit, match="2"):
-        cli.main()
-    assert "--guarantees; give both" in capsys.readouterr().err
+def test_the_list_of_methods_is_current(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "entry_points", lambda group: ())
+    listed = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert methods(capsys, monkeypatch, "--markdown") == listed, "put `fedpers methods --markdown` into docs/methods.md"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +120,7 @@ def test_what_the_guarantees_allow_is_what_a_run_gets(modes: dict[Trust, Mode], 
         if name in listed:
             guarantee = prepare(config).guarantee
             assert guarantee.trust == trust
-            assert guarantee.personal_covered == (head in mode.covered)
+            assert guarantee.personal_covered == (name in mode.covered.get(head, ()))
         else:
             with pytest.raises((PrivacyRefusal, ConfigError), match=r"refused|leave|shares nothing|in one step"):
                 prepare(config)
@@ -111,9 +134,16 @@ def test_the_guarantees_are_those_of_the_threat_model(modes: dict[Trust, Mode]) 
     assert any(text.startswith("the server (trusted") for text in modes["user-central"].not_against)
     assert [len(server[trust]) for trust in ("record-local", "user-distributed", "user-local")] == [1, 1, 1]
     assert "simulated" in server["user-distributed"][0]
-    assert {"fedper", "fedrep"}.isdisjoint(modes["record-local"].methods)
-    assert modes["record-local"].covered == {"joint", "split-dp"}
-    assert "split" not in modes["record-local"].policies
+    assert {"fedper", "fedrep", "fedsa-lora", "ifca", "pfedme"}.isdisjoint(modes["record-local"].methods)
+    # not hydra, which fits heads at home without noise, nor feddpa, whose gate holds features of the user's own inputs
+    assert modes["record-local"].covered == {
+        "joint": ("fedbn", "fedper", "fedrep", "fedsa-lora", "lg-fedavg", "sdflora"), "split-dp": ("fedrep",)
+    }  # fmt: skip
+    assert "fedrep" not in modes["record-local"].policies.get("split", ())
+    for unclaimable in ("centralized", "fedalt", "flora", "hetlora"):
+        for trust, mode in modes.items():
+            allowed = {unclaimable} & {*mode.methods, *(name for held in mode.policies.values() for name in held)}
+            assert bool(allowed) == (trust == "none")
     for trust, mode in modes.items():
         assert any("personal model" in text for text in mode.not_against)
         assert ("Krum" in mode.strategies) == (trust not in {"user-central", "user-distributed"})

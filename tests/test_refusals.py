@@ -115,12 +115,99 @@ def test_r2_any_other_state_at_home_that_feeds_what_is_shared(tiny: Tiny, monkey
         return LocalAdapter if kind == "methods" and name == "fedavg" else find(kind, name, base)
 
     monkeypatch.setattr("fedpers.experiment.find", found)
-    why = "records -> personal adapter -> shared head.*the personal adapter is trained without noise"
+    why = r"the records -> personal A -> shared head\).*the personal adapter is trained without noise"
     refused(tiny, {"method": "fedavg", "privacy": RECORD}, PrivacyRefusal, why, {
         "privacy.head=frozen": "privacy.head=frozen",
         "privacy.head=joint": "privacy.head=joint",
         "privacy.unit=user": "privacy.unit=user",
     })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("fedala", "records -> shared A"),  # the blend reads the records
+        ("ifca", "records -> the choice among the shared models -> shared A"),
+        ("pfedme", "records -> own copy A -> shared A"),
+    ],
+)
+def test_r2_a_way_that_no_freezing_closes(tiny: Tiny, method: str, way: str) -> None:
+    settings = {"method": method, "privacy": RECORD, "personal": {"groups": "adapter+head"}}
+    why = rf"method '{method}' with privacy.unit=record is refused \(the {way}\).*one record could change it by more"
+    refused(tiny, settings, PrivacyRefusal, why, {"privacy.unit=user": "privacy.unit=user"})
+
+
+# ---------------------------------------------------------------- what a method does beyond its phases
+
+
+@pytest.mark.parametrize("privacy", [RECORD, USER, {**USER, "trust": "user-local"}, {**USER, "noise_multiplier": None}],
+                         ids=["record", "user-central", "user-local", "without noise"])  # fmt: skip
+@pytest.mark.parametrize("method", ["centralized", "fedalt", "flora", "hetlora"])
+def test_a_method_of_which_nothing_can_be_claimed(tiny: Tiny, method: str, privacy: dict[str, Any]) -> None:
+    reason = find("methods", method, Method).unclaimable
+    why = f"method '{method}' with privacy.unit={privacy['unit']} is refused: {reason}"
+    out = "privacy.unit=none, privacy.noise_multiplier=None, privacy.clip=None, privacy.delta=0.001, privacy.trust=None"
+    refused(tiny, {"method": method, "privacy": privacy}, PrivacyRefusal, why, {
+        "Set privacy.unit=none": out,
+        "choose another method": "method=fedavg",
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fedex-lora", "sdflora"])
+def test_a_server_step_on_single_replies_where_the_server_sums(tiny: Tiny, method: str) -> None:
+    why = f"method '{method}' is refused: its server step looks at single replies"
+    local = {"privacy.trust=user-local": "privacy.trust=user-local"}
+    if method == "fedex-lora":  # the other has a private adapter that feeds back
+        local["privacy.unit=record"] = "privacy.unit=record, privacy.trust=None"
+    for trust in ("user-central", "user-distributed"):
+        settings = {"method": method, "privacy": {**USER, "trust": trust}}
+        refused(tiny, settings, PrivacyRefusal, f"{why}.*trust {trust}", local)
+    clipped = {"method": method, "privacy": {"clip": 0.3}}
+    refused(tiny, clipped, PrivacyRefusal, why, {"leave privacy.clip out": "privacy.clip=None"})
+
+
+@pytest.mark.parametrize("method", ["fedex-lora", "fedsvd", "reptile", "scaffold"])
+def test_a_server_optimizer_under_a_server_step_of_the_methods_own(tiny: Tiny, method: str) -> None:
+    for strategy in ("FedAdam", "FedMedian"):
+        why = f"server.strategy = '{strategy}': method '{method}' has a server step of its own"
+        refused(tiny, {"method": method, "server": {"strategy": strategy}}, ConfigError, why,
+                {"leave server.strategy out (FedAvg)": "server.strategy=FedAvg"})  # fmt: skip
+    prepare(tiny(method="fedprox", server={"strategy": "FedAdam"}), REUSE)
+
+
+@pytest.mark.parametrize("section", ["local", "personal"])
+@pytest.mark.parametrize("method", ["scaffold", "hetlora"])
+def test_adam_where_the_arithmetic_is_of_plain_steps(tiny: Tiny, method: str, section: str) -> None:
+    settings = {"method": method, section: {"optimizer": "adam"}}
+    refused(tiny, settings, ConfigError, f"method '{method}' is for plain gradient steps", {
+        "set local.optimizer=sgd and personal.optimizer=sgd": "local.optimizer=sgd, personal.optimizer=sgd",
+    })  # fmt: skip
+
+
+def test_a_method_that_needs_everybody(tiny: Tiny) -> None:
+    for sampling in ("poisson", "fixed", "cyclic"):
+        settings = {"method": "fedalt", "client_rate": 0.5, "client_sampling": sampling}
+        refused(tiny, settings, ConfigError, "method 'fedalt' needs every client in every round",
+                {"set client_rate=1": "client_rate=1"})  # fmt: skip
+
+
+def test_correlated_noise_for_what_is_sent_in_turns(tiny: Tiny) -> None:
+    settings = {"method": "rolora", "privacy": {**USER, "mechanism": "banded"}}
+    refused(tiny, settings, ConfigError, "method 'rolora' sends other arrays from round to round",
+            {"leave privacy.mechanism out": "privacy.mechanism=gaussian"})  # fmt: skip
+    prepare(tiny(**{**settings, "method": "fedit"}), REUSE)
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [("scaffold", "the client_control companions"), ("fedala", "a copy of what was sent last"), ("fedper", "head"),
+     ("fedsa-lora", "B and head")],
+)  # fmt: skip
+def test_r3_places_of_a_fixed_number_under_memories_of_having_had_one(tiny: Tiny, method: str, what: str) -> None:
+    settings = {"method": method, "client_rate": 0.5, "client_sampling": "fixed", "privacy": USER}
+    refused(tiny, settings, PrivacyRefusal, f"client_sampling=fixed with method '{method}': {what} of the others",
+            {"client_sampling=poisson": "client_sampling=poisson"})  # fmt: skip
+    prepare(tiny(**{**settings, "method": "feddpa"}), REUSE)  # its personal adapter shapes nothing that is sent
 
 
 def test_r3_a_sampler_that_the_accounting_does_not_cover(tiny: Tiny, tmp_path: Path) -> None:
@@ -253,7 +340,9 @@ class Server:
         )
         self.ledger = Ledger.create(folder / "ledger.jsonl", opening)
         users = experiment.examples.users
-        self.strategy = FedpersStrategy(experiment.config, self.clients.guarantee, users, self.ledger, KEY)
+        self.strategy = FedpersStrategy(
+            experiment.config, self.clients.guarantee, users, self.ledger, KEY, self.clients.layout
+        )
         grid = CohortGrid(self.clients)
         record = wire.to_record(somewhere(self.clients), self.clients.shared_names)
         asked = {m.metadata.dst_node_id: m for m in self.strategy.configure_train(1, record, ConfigRecord(), grid)}

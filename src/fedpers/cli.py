@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from fedpers.errors import ConfigError, FedpersError
+from fedpers.errors import FedpersError
 from fedpers.models.assets_cli import app as assets_app
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -64,22 +64,20 @@ def methods(
     guarantees: Annotated[
         bool, typer.Option("--guarantees", help="Who is protected from whom, and which methods are allowed.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the guarantees as Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
 ) -> None:
     """List the methods, or what they can promise to whom."""
-    from fedpers.methods.base import Method
-    from fedpers.registry import find, names
+    from fedpers.registry import names
 
-    if markdown and not guarantees:
-        raise ConfigError("methods: --markdown is a form of --guarantees; give both.")
     if guarantees:
         _print_guarantees(names("methods"), markdown)
         return
-    table = Table("method", "adapter", "head", "what it does")
-    for name in names("methods"):
-        method = find("methods", name, Method)
-        table.add_row(name, str(method.scopes["adapter"]), str(method.scopes["head"]), method.summary())
-    Console().print(table)
+    from fedpers import listing
+
+    if markdown:
+        typer.echo(listing.markdown(names("methods")), nl=False)
+    else:
+        Console().print(listing.table(names("methods")))
 
 
 @privacy_app.command("plan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -14,7 +14,26 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from fedpers.errors import ConfigError
 from fedpers.privacy.randomness import secret_key
 
-GROUPS = ("adapter", "head")
+Family = Literal["adapter", "norm", "head"]
+FAMILIES: tuple[Family, ...] = get_args(Family)  # what a configuration names
+GROUPS = ("A", "B", "A2", "B2", "gate", "residual", "norm", "head")  # what a method's table may tell apart
+PLAIN = ("A", "B", "head")  # the groups that every model has; the others are there where a method uses them
+FAMILY = {group: group if group in FAMILIES else "adapter" for group in GROUPS}
+ALIASES = {"adapter": ("A", "B"), "adapter2": ("A2", "B2")}
+
+
+def expand(names: Iterable[str]) -> tuple[str, ...]:
+    """Replace `adapter` and `adapter2` by their two factors; other names stay as they are."""
+    return tuple(dict.fromkeys(group for name in names for group in ALIASES.get(name, (name,))))
+
+
+def spoken(groups: Iterable[str]) -> tuple[str, ...]:
+    """Put both factors of an adapter together again, for texts."""
+    found = list(groups)
+    for name, pair in ALIASES.items():
+        if set(pair) <= set(found):
+            found = [name if group == pair[0] else group for group in found if group != pair[1]]
+    return tuple(found)
 
 
 def _groups(value: Any) -> Any:
@@ -26,7 +45,10 @@ def _join(value: tuple[str, ...]) -> str:
 
 
 Groups = Annotated[
-    tuple[Literal["adapter", "head"], ...], BeforeValidator(_groups), PlainSerializer(_join), Field(min_length=1)
+    tuple[Family, ...],
+    BeforeValidator(_groups),
+    PlainSerializer(_join),
+    Field(min_length=1),
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -87,6 +109,7 @@ class LearningRates(Section):
     """One step size for each parameter group."""
 
     adapter: Positive = 0.5
+    norm: Positive = 0.1
     head: Positive = 0.1
 
 
@@ -222,10 +245,8 @@ class Config(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
     method: str = "fedavg-finetune"
-    share: Groups = (
-        "adapter",
-        "head",
-    )  # groups that may be shared; a group that the method would share and is not listed is frozen
+    options: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}  # the method's own numbers, by name
+    share: Groups = FAMILIES  # groups that may be shared; one that the method would share and is not listed is frozen
     rounds: int = Field(10, ge=0)
     client_rate: Rate = 1.0  # share of the clients in a round
     # poisson: each independently with this probability; fixed: so many, drawn; cyclic: in turn, in a public order

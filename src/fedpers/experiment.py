@@ -12,15 +12,17 @@ import numpy as np
 import torch
 
 from fedpers.cohort.batching import Index
+from fedpers.cohort.linear import Owners, to_cohort
 from fedpers.cohort.model import CohortModel
 from fedpers.config import Config, result_text
 from fedpers.data import Federation, load
 from fedpers.errors import DataError, PrivacyRefusal
 from fedpers.evaluation.models import swap_partners
 from fedpers.flower.strategy import stock_strategy
-from fedpers.methods.base import Method, Plan, plan
+from fedpers.methods.base import Method
 from fedpers.models import adapters
 from fedpers.models.backbone import Backbone
+from fedpers.plan import Plan, encodes, plan
 from fedpers.privacy.claim import METRICS, TUNING
 from fedpers.privacy.guarantee import Guarantee, resolve
 from fedpers.privacy.randomness import seed_key
@@ -52,7 +54,7 @@ class Experiment:
     def adapts(self) -> bool:
         """Whether any adapter moves; if not, every context is encoded once."""
         local = self.local_plan.trained if self.config.evaluation.local_only else ()
-        return "adapter" in {*self.plan.trained, *local}
+        return encodes((*self.plan.trained, *self.plan.beyond, *local))
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Reuse:
     """What several runs in one process may share, by the part of the configuration that it depends on."""
 
     federations: dict[str, tuple[Federation, Examples, Task]] = field(default_factory=dict)
-    models: dict[tuple[str, bool], CohortModel] = field(default_factory=dict)
+    models: dict[tuple[Any, ...], CohortModel] = field(default_factory=dict)
 
 
 def method_plan(name: str, config: Config) -> Plan:
@@ -75,7 +77,8 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
         FedpersError: whatever cannot be used or claimed, before any work is done.
     """
     reuse = reuse or Reuse()
-    own_plan, local_plan = method_plan(config.method, config), method_plan("local", config)
+    own_plan = method_plan(config.method, config)
+    local_plan = method_plan("local", config.model_copy(update={"options": {}}))
     check_setup(config, own_plan)  # refusals that need no data come first
     stock_strategy(config)  # refuses options that it does not take
     key = _json(config, "data", "task", "seed")
@@ -108,10 +111,13 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time, changes nothing
     reuse = reuse or Reuse()
     parts = _json(config, "data", "task", "seed", "model", "engine")
-    key = parts, experiment.adapts
+    beyond, link = experiment.plan.beyond, experiment.plan.method.link
+    key = parts, experiment.adapts, beyond, link
     if key not in reuse.models:
         # At their initial values adapters change nothing, so a model without them takes all from one with them.
-        donor = reuse.models.get((parts, True))
+        donor = (
+            None if experiment.adapts else next((m for k, m in reuse.models.items() if k[:2] == (parts, True)), None)
+        )
         reuse.models[key] = CohortModel(
             config,
             experiment.task,
@@ -120,6 +126,8 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
             experiment.adapts,
             reporter.stage,
             donor,
+            beyond,
+            link,
         )
     if experiment.guarantee.unit != "none":
         check_separate(reuse.models[key])
@@ -152,14 +160,21 @@ def check_separate(model: CohortModel) -> None:
 
 
 def shared_sizes(experiment: Experiment) -> dict[str, int]:
-    """How many numbers of each shared group a client sends; loads the backbone, computes nothing."""
-    backbone = Backbone(experiment.config.model.backbone)
-    sizes = {}
-    if "adapter" in experiment.plan.shared:
-        lora = adapters.place(backbone, experiment.config.model.adapter)
-        sizes["adapter"] = sum(p.numel() for p in lora.parameters() if p.requires_grad)
-    if "head" in experiment.plan.shared:
-        sizes["head"] = sum(p.numel() for p in experiment.task.head(backbone.width).parameters())
+    """How many numbers of each shared family a client sends in a round; loads the backbone, computes nothing."""
+    backbone, plan = Backbone(experiment.config.model.backbone), experiment.plan
+    shapes = {f"{adapters.HEAD}{n}": p.numel() for n, p in experiment.task.head(backbone.width).named_parameters()}
+    if encodes(plan.shared):
+        lora = adapters.place(backbone, experiment.config.model.adapter, plan.beyond)
+        layers = to_cohort(lora, Owners())
+        shapes |= {adapters.array_name(name): layer.weight[0].numel() for name, layer in layers.items()}
+    sizes: dict[str, int] = {}
+    copies = 1 + len(plan.method.travels)
+    if plan.method.clusters:
+        copies = int(plan.options[plan.method.clusters])
+    for name, size in shapes.items():
+        if adapters.group_of(name) in plan.sent(1):
+            family = adapters.family_of(name)
+            sizes[family] = sizes.get(family, 0) + copies * size
     return sizes
 
 
@@ -176,8 +191,9 @@ def identity(experiment: Experiment, model: CohortModel) -> str:
     for rows in examples.train:
         digest.update(len(rows).to_bytes(8, "little") + rows.tobytes())
     plan = experiment.plan
-    phases = [[sorted(phase.train), phase.own] for part in (plan.round, plan.finish) for phase in part]
-    table = [sorted((group, str(scope)) for group, scope in plan.scopes.items()), len(plan.round), phases, plan.head]
+    phases = [str(phase) for part in (plan.round, plan.finish) for phase in part]
+    scopes = sorted((group, str(scope)) for group, scope in plan.scopes.items())
+    table = [scopes, len(plan.round), phases, plan.head, sorted(plan.options.items()), plan.method.functions()]
     parts = [result_text(experiment.config), table, digest.hexdigest(), model.fingerprint]
     return json.dumps([*parts, version("fedpers")])
 

@@ -49,8 +49,9 @@ def cells(config: Config) -> dict[str, Config]:
             if config.privacy.secret is not None:
                 private["secret"] = derive(secret_key(config.privacy.secret), "cell", name).hex()
             privacy = config.privacy.model_copy(update=private)
+            options = config.options if method == config.method else {}  # they are the main method's own
             found[name] = config.model_copy(
-                update={"method": method, "share": share, "privacy": privacy, "frontier": None}
+                update={"method": method, "options": options, "share": share, "privacy": privacy, "frontier": None}
             )
     return found
 

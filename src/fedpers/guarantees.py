@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import get_args
 
 from rich.box import SIMPLE
+from rich.console import Group
 from rich.table import Table
 
 from fedpers.config import TRUSTS, HeadPolicy, Trust, Unit, parse_config
 from fedpers.errors import ConfigError, PrivacyRefusal
-from fedpers.methods.base import SHARED, Method, plan
+from fedpers.methods.base import SHARED, Method
+from fedpers.plan import plan
 from fedpers.privacy.claim import adversaries
 from fedpers.privacy.guarantee import Guarantee, resolve
 from fedpers.privacy.ledger_lines import ADJACENCIES, Opening
@@ -27,10 +28,7 @@ USERS = 100  # registered users of the federation that the checks are asked abou
 USUAL = "fedavg"  # keeps nothing personal, so it may run in every mode
 STRATEGIES = (*OF_THE_MEAN, *OF_SINGLE_REPLIES)
 POLICIES: tuple[HeadPolicy, ...] = tuple(policy for policy in get_args(HeadPolicy) if policy != "method")
-COLUMNS = (
-    "trust", "unit; adjacency", "protected against", "not protected against", "methods", "with privacy.head",
-    "server strategies",
-)  # fmt: skip
+COLUMNS = ("trust", "unit; adjacency", "protected against", "not protected against", "server strategies")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Mode:
         not_against: Whom or what it does not cover.
         methods: Methods that may run as they are.
         policies: For each head policy the methods that it lets run, where it changes anything.
-        covered: Head policies under which personal models are covered, too.
+        covered: For each head policy those of them whose personal models are covered, too.
         strategies: Server strategies that may be chosen.
     """
 
@@ -54,7 +52,7 @@ class Mode:
     not_against: tuple[str, ...]
     methods: tuple[str, ...]
     policies: Mapping[HeadPolicy, tuple[str, ...]]
-    covered: frozenset[HeadPolicy]
+    covered: Mapping[HeadPolicy, tuple[str, ...]]
     strategies: tuple[str, ...]
 
 
@@ -68,21 +66,40 @@ def guarantees(names: Sequence[str]) -> list[Mode]:
 
 
 def markdown(modes: Sequence[Mode], names: Sequence[str]) -> str:
-    """Return the modes as a Markdown table, a row each, with a legend below."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(mode, names) for mode in modes)]
-    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", " ".join(_legend(modes, names))]) + "\n"
+    """Return two Markdown tables and a legend: what each mode promises, and which methods may run in it."""
+    promises = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(mode) for mode in modes)]
+    columns = ("methods", *(mode.trust for mode in modes))
+    permits = [columns, ("---",) * len(columns), *((", ".join(m), *cells) for m, cells in _permits(modes, names))]
+    tables = ("\n".join("| " + " | ".join(row) + " |" for row in rows) for rows in (promises, permits))
+    return "\n\n".join([*tables, " ".join(_legend(modes, names))]) + "\n"
 
 
-def table(modes: Sequence[Mode], names: Sequence[str]) -> Table:
-    """Return the modes as a table for a terminal of 80 columns, some lines each, with a legend below."""
-    shown = Table(box=SIMPLE, show_header=False, caption=" ".join(_legend(modes, names)), caption_justify="left")
-    for column in ("bold", "dim", ""):
-        shown.add_column(style=column)
+def table(modes: Sequence[Mode], names: Sequence[str]) -> Group:
+    """Return the same for a terminal of 80 columns: some lines for each mode, then for methods of equal rights."""
+    promises = _lines_table()
     for mode in modes:
-        trust, *cells = _cells(mode, names)
-        for place, (head, cell) in enumerate(zip(COLUMNS[1:], cells, strict=True)):
-            shown.add_row("" if place else trust, head, cell, end_section=head == COLUMNS[-1])
+        trust, *cells = _cells(mode)
+        _add(promises, trust, list(zip(COLUMNS[1:], cells, strict=True)))
+    permits = _lines_table()
+    for methods, verdicts in _permits(modes, names):
+        _add(permits, "\n".join(methods), list(zip((mode.trust for mode in modes), verdicts, strict=True)))
+    return Group(promises, permits, *_legend(modes, names))
+
+
+def _lines_table() -> Table:
+    shown = Table(box=SIMPLE, show_header=False)
+    for style in ("bold", "dim", ""):
+        shown.add_column(style=style)
     return shown
+
+
+def _add(shown: Table, first: str, lines: Sequence[tuple[str, str]]) -> None:
+    """Add a section: the names in `first` below each other, and beside them the lines."""
+    names = first.split("\n")
+    rows = max(len(lines), len(names))
+    for place in range(rows):
+        name = names[place] if place < len(names) else ""
+        shown.add_row(name, *(lines[place] if place < len(lines) else ("", "")), end_section=place == rows - 1)
 
 
 def _mode(unit: Unit, trust: Trust, names: Sequence[str]) -> Mode:
@@ -91,6 +108,7 @@ def _mode(unit: Unit, trust: Trust, names: Sequence[str]) -> Mode:
     against, not_against = adversaries(usual[1], math.inf if unit == "none" else 1.0)  # any finite epsilon
     plain = tuple(name for name in names if _ask(unit, trust, name, "method"))
     found = {head: {name: one for name in names if (one := _ask(unit, trust, name, head))} for head in POLICIES}
+    covered = {head: tuple(name for name, (g, _) in found[head].items() if g.personal_covered) for head in POLICIES}
     return Mode(
         unit=unit,
         trust=trust,
@@ -98,7 +116,7 @@ def _mode(unit: Unit, trust: Trust, names: Sequence[str]) -> Mode:
         not_against=tuple(not_against),
         methods=plain,
         policies={head: tuple(found[head]) for head in POLICIES if found[head]},
-        covered=frozenset(h for h in POLICIES if found[h] and all(g.personal_covered for g, _ in found[h].values())),
+        covered={head: methods for head, methods in covered.items() if methods},
         strategies=tuple(name for name in STRATEGIES if _ask(unit, trust, USUAL, "method", name)),
     )
 
@@ -128,45 +146,50 @@ def _ask(
     return guarantee, guarantee.opening(config, table_of_method.shared, USERS, "kept by the simulator")
 
 
-def _cells(mode: Mode, names: Sequence[str]) -> tuple[str, ...]:
+def _cells(mode: Mode) -> tuple[str, ...]:
     adjacencies = " or ".join(text.partition(":")[0] for text in ADJACENCIES[mode.trust])
     return (
         mode.trust,
         mode.unit if mode.unit == "none" else f"one {mode.unit}; {adjacencies}",
         "; ".join(mode.against) or "nobody",
         "; ".join(mode.not_against),
-        _some(mode.methods, names),
-        _policies(mode),
-        _some(mode.strategies, STRATEGIES),
+        "all" if mode.strategies == STRATEGIES else ", ".join(mode.strategies),
     )
 
 
-def _some(chosen: Sequence[str], known: Sequence[str]) -> str:
-    """The chosen among the known, in as few words as possible."""
-    others = [name for name in known if name not in chosen]
-    if not others:
-        return "all"
-    return f"all but {', '.join(others)}" if len(others) < len(chosen) else ", ".join(chosen)
+def _permits(modes: Sequence[Mode], names: Sequence[str]) -> list[tuple[list[str], tuple[str, ...]]]:
+    """Methods that may run in the same ways, and these ways in each mode; those that may run in most come first."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        groups.setdefault(tuple(_permit(mode, name) for mode in modes), []).append(name)
+    return sorted(((found, cells) for cells, found in groups.items()), key=lambda row: (row[1].count("no"), row[0]))
 
 
-def _policies(mode: Mode) -> str:
-    """Head policies and the methods that they go with, policies of the same methods together."""
-    parts = []
-    for methods, heads in groupby(sorted(mode.policies, key=lambda h: mode.policies[h]), lambda h: mode.policies[h]):
-        parts.append(f"{', '.join(h + ('*' if h in mode.covered else '') for h in heads)}: {', '.join(methods)}")
-    return "; ".join(parts) or "none"
+def _permit(mode: Mode, name: str) -> str:
+    """How far one method may run in one mode."""
+    heads = [
+        head + ("*" if name in mode.covered.get(head, ()) else "")
+        for head, methods in mode.policies.items()
+        if name in methods
+    ]
+    if name in mode.methods:
+        return f"yes; also {', '.join(heads)}" if heads else "yes"
+    return f"only {', '.join(heads)}" if heads else "no"
 
 
 def _legend(modes: Sequence[Mode], names: Sequence[str]) -> list[str]:
     defined = dict.fromkeys(text for mode in modes for text in ADJACENCIES[mode.trust] if ":" in text)
     silent = [name for name in names if not _shares(name)]
-    lines = [f"Asked for {USERS} users, all in each round.", *(f"{text[:1].upper()}{text[1:]}." for text in defined)]
+    lines = [
+        f"Asked for {USERS} users, all in each round.",
+        *(f"{text[:1].upper()}{text[1:]}." for text in defined),
+        f"Server strategies: {', '.join(STRATEGIES)}.",
+        "Methods: yes, as they are; also, or only, under these values of privacy.head.",
+    ]
     if any(mode.covered for mode in modes):
         lines.append("*: also protected against whoever obtains one user's personal model.")
-    lines.append(f"Methods: {', '.join(names)}.")
     if silent:
         lines.append(f"Nothing is shared, so epsilon is 0 in every mode: {', '.join(silent)}.")
-    lines.append(f"Server strategies: {', '.join(STRATEGIES)}.")
     return lines
 
 

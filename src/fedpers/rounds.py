@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,14 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from numpy.typing import NDArray
 
 from fedpers.cohort.clients import Clients
-from fedpers.config import GROUPS
+from fedpers.config import FAMILIES
 from fedpers.errors import LedgerError
 from fedpers.evaluation import models as evaluation
 from fedpers.experiment import Experiment
 from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
+from fedpers.models.adapters import family_of
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import fingerprint
 from fedpers.privacy.spending import BudgetSpent, spent
@@ -31,11 +33,11 @@ def federate(
     experiment: Experiment, clients: Clients, directory: RunDirectory, server_key: bytes, reporter: Reporter
 ) -> tuple[Arrays, Ledger, list[dict[str, Any]]]:
     """Run the rounds that are left through Flower; returns final shared arrays, ledger and a row per round."""
-    config, model = experiment.config, clients.model
+    config = experiment.config
     done = directory.recover(clients.store)
     history = list(done.history) if done else []
     users = experiment.examples.users
-    shared: Arrays = {name: model.initial[name].numpy() for name in clients.shared_names}
+    shared: Arrays = clients.layout.broadcast()
     origin, key = directory.secret_origin(), fingerprint(server_key, "run")
     opening = experiment.guarantee.opening(config, clients.shared_names, len(users), origin, key)
     if done is not None:
@@ -54,7 +56,7 @@ def federate(
         )
     rounds = config.rounds if clients.shared_names else 0
     strategy = FedpersStrategy(
-        config, experiment.guarantee, users, ledger, server_key, first_round=len(history)
+        config, experiment.guarantee, users, ledger, server_key, clients.layout, first_round=len(history)
     )  # fmt: skip
     if done is not None:
         strategy.load_state(done.strategy)
@@ -112,19 +114,33 @@ def _row(number: int, clients: Clients, report: RoundReport, epsilon: float) -> 
         "median_update_norm": None if np.isnan(report.median_update_norm) else report.median_update_norm,
         "bytes_up": report.bytes_up,
         "bytes_down": report.bytes_down,
+        "aggregation_error": None if report.diagnosis is None else report.diagnosis.error,
+        "effective_rank": None if report.diagnosis is None else report.diagnosis.rank,
     }
-    for group in GROUPS:
-        signal, noise = (report.signal or {}).get(group), (report.noise or {}).get(group)
-        row[f"signal_{group}"], row[f"noise_{group}"] = signal, noise
+    signal, noise = report.signal or {}, report.noise or {}
+    if clients.noise and report.clients:  # the clients made the noise: of their mean
+        made = {name: (value / report.clients).numpy() for name, value in clients.noise.items()}
+        signal = _norms({name: moved - made.get(name, 0.0) for name, moved in report.moved.items()})
+        noise = _norms(made)
+    for family in FAMILIES:
+        row[f"signal_{family}"], row[f"noise_{family}"] = signal.get(family), noise.get(family)
     return row | {"global_accuracy": None, "own_accuracy": None}
+
+
+def _norms(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
+    """L2 norm by family of parameter groups."""
+    squares: dict[str, float] = {}
+    for name, array in arrays.items():
+        squares[family_of(name)] = squares.get(family_of(name), 0.0) + float(np.sum(np.square(array, dtype=np.float64)))
+    return {family: float(np.sqrt(square)) for family, square in squares.items()}
 
 
 def _measure(experiment: Experiment, clients: Clients, shared: Arrays) -> dict[str, float]:
     """Mean accuracy over users of the shared model and, if personal state moves in the rounds, of the users' own."""
     users = range(len(experiment.examples.users))
-    kinds = {"global": evaluation.common(clients.model, shared, "shared")}
+    kinds = {"global": evaluation.common(clients.model, clients.layout.common(shared), "shared")}
     if experiment.plan.moves_personal_state:
-        kinds["own"] = evaluation.own(clients.model, shared, clients.store, experiment.plan)
+        kinds["own"] = evaluation.own(clients, shared, clients.store)
     found = evaluation.measure(clients.model, users, kinds)
     return {
         f"{kind}_accuracy": float(

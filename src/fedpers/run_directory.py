@@ -40,10 +40,14 @@ PUBLIC = (
     "claim.json",
     "forecast.json",
     "ledger.jsonl",
-    "adapters/shared/adapter_config.json",
-    "adapters/shared/adapter_model.safetensors",
-    "adapters/shared/head.json",
-    "adapters/shared/head.safetensors",
+)
+PUBLIC_ADAPTERS = (  # of shared arrays, in adapters/shared and, for a method with clusters, in adapters/cluster0, ...
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "residual.safetensors",
+    "norm.safetensors",
+    "head.json",
+    "head.safetensors",
 )
 Arrays = Mapping[str, NDArray[Any]]
 _FIRST = {"private", "environment.json", ".environment.json.partial", ".config.yaml.partial"}  # before a run counts
@@ -270,7 +274,8 @@ def export_public(run: Path, out: Path) -> list[str]:
         raise RunDirectoryError(f"{out} is not an empty directory; choose another one.")
     out.mkdir(parents=True, exist_ok=True)
     copied = []
-    for name in PUBLIC:
+    folders = ["shared", *(f"cluster{place}" for place in range(len(list((run / "adapters").glob("cluster*")))))]
+    for name in (*PUBLIC, *(f"adapters/{folder}/{file}" for folder in folders for file in PUBLIC_ADAPTERS)):
         if not (run / name).exists():
             continue  # a method that shares nothing has no adapters, one that shares the head has no LoRA files
         (out / name).parent.mkdir(parents=True, exist_ok=True)

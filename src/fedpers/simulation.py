@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from fedpers import frontier
 from fedpers.cohort.clients import Clients
+from fedpers.cohort.layout import layout
 from fedpers.cohort.personal_store import PersonalStore
-from fedpers.config import GROUPS, Config
+from fedpers.config import FAMILIES, Config
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import summarize, users_table, write_table
 from fedpers.experiment import Experiment, Reuse, build_model, identity, prepare
@@ -45,7 +46,9 @@ ROUNDS = pa.schema(
             for name in ("records_clipped", "records_nonfinite", "updates_clipped", "updates_nonfinite")
         ),
         ("median_update_norm", pa.float64()),
-        *((f"{what}_{group}", pa.float64()) for what in ("signal", "noise") for group in GROUPS),
+        *((f"{what}_{group}", pa.float64()) for what in ("signal", "noise") for group in FAMILIES),
+        ("aggregation_error", pa.float64()),
+        ("effective_rank", pa.float64()),
         ("bytes_up", pa.int64()),
         ("bytes_down", pa.int64()),
     ]
@@ -120,7 +123,7 @@ def simulate(
     if not directory.started:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
     users = range(len(experiment.examples.users))
-    store = PersonalStore(directory.private / "rounds", len(users), model.initial_of(experiment.plan.kept))
+    store = PersonalStore(directory.private / "rounds", len(users), layout(config, experiment.plan, model).kept())
     server_key, clients_key = run_keys(directory.secret(), identity(experiment, model))
     clients = Clients(config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
@@ -135,7 +138,10 @@ def simulate(
     write_table(table, directory.path / "users.parquet")
     write_table(rounds, directory.path / "rounds.parquet")
     if shared:
-        model.save_shared(directory.fresh_adapters(), shared)
+        place = directory.fresh_adapters()
+        model.save_shared(place, clients.layout.common(shared))
+        for version in range(clients.layout.clusters):
+            model.save_shared(place.with_name(f"cluster{version}"), clients.layout.version(shared, version))
     result = summarize(table, metric=experiment.task.metric, seed=config.seed)
     references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
     label = f"{claim.label()}; the metrics are measured without noise"
@@ -182,19 +188,21 @@ def _train_at_home(
         store = directory.fresh_store(name, len(users), model.initial_of(who.plan.personal))
         done = 0
         for cohort, parameters in who.finish(users, start, rounds):
-            store.stage(cohort, parameters)
+            store.stage(cohort, {name: parameters[name] for name in store.arrays})
             store.apply(*store.drain())
             done += len(cohort)
             reporter.stage(f"training at home ({name})", done, len(users))
         return store
 
-    kinds = {"own": evaluation.common(model, shared, "shared" if shared else "initial")}
+    common = clients.layout.common(shared)
+    kinds = {"own": evaluation.common(model, common, "shared" if shared else "initial")}
     kinds["global"] = kinds["own"]
     if plan.personal:
-        kinds["own"] = evaluation.own(model, shared, train_all(clients, shared, clients.store, "own"), plan)
+        kinds["own"] = evaluation.finished(model, common, train_all(clients, shared, clients.store, "own"), plan)
     if experiment.config.evaluation.local_only:
         local = clients.with_plan(experiment.local_plan)
-        kinds["local"] = evaluation.own(model, {}, train_all(local, {}, None, "local"), experiment.local_plan, "local")
+        store = train_all(local, {}, None, "local")
+        kinds["local"] = evaluation.finished(model, {}, store, experiment.local_plan, "local")
     kinds["zero_shot"] = evaluation.common(model, {}, "initial")
     if experiment.swap is not None:
         kinds["swap"] = evaluation.swapped(kinds["own"], experiment.swap)
@@ -240,6 +248,8 @@ def _summary(
         "claim": claim.label(),
         **{key: result[key] for key in ("metrics", "helped", "tied", "harmed", "p_value", "comparisons", "reading")},
         "noise_to_update": _noise_to_update(history),
+        "aggregation_error": _median(history, "aggregation_error"),
+        "effective_rank": history[-1]["effective_rank"] if history else None,
         "skipped": experiment.federation.counts,
         "nonfinite": sum(row["records_nonfinite"] + row["updates_nonfinite"] for row in history),
         "bytes_up": sum(row["bytes_up"] for row in history),
@@ -252,6 +262,12 @@ def _noise_to_update(history: list[dict[str, Any]]) -> dict[str, float]:
     """Median over rounds of the noise's norm over the noise-free mean update's, per shared group; user level only."""
     ratios = {
         group: [row[f"noise_{group}"] / row[f"signal_{group}"] for row in history if row[f"signal_{group}"]]
-        for group in GROUPS
+        for group in FAMILIES
     }
     return {group: float(np.median(found)) for group, found in ratios.items() if found}
+
+
+def _median(history: list[dict[str, Any]], column: str) -> float | None:
+    """Median over the rounds that have a value."""
+    found = [row[column] for row in history if row[column] is not None]
+    return float(np.median(found)) if found else None

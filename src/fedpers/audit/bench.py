@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedpers.cohort.clients import Clients
+from fedpers.cohort.layout import layout
 from fedpers.cohort.model import CohortModel
+from fedpers.cohort.optimizer import Noise as StepNoise
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, result_text
 from fedpers.data import Record
@@ -32,7 +35,7 @@ from fedpers.methods.base import Phase
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Release
 from fedpers.privacy.mechanisms import Aggregate
-from fedpers.privacy.randomness import generator, run_keys, secret_key, seed_key
+from fedpers.privacy.randomness import Part, generator, run_keys, secret_key, seed_key
 from fedpers.privacy.sampling import draw
 from fedpers.privacy.user_level import UserLevelServer
 from fedpers.reporting import Reporter
@@ -85,11 +88,13 @@ class _Watched(FedpersStrategy):
         server = self._server()
         if self.shift is not None:
             setattr(server, "noise", _shifted(server.noise, self.shift))  # noqa: B010 - a method
-        updates = [{n: one[n] - self._broadcast[n] for n in self._broadcast} for one in received]
+        server.shapes = {n: self._broadcast[n].shape for n in self.layout.up(number)}
+        updates = [{n: one[n] - self._broadcast[n] for n in one} for one in received]
         self.trace.clean.append(self._clean(server, number, updates).mean)
         message = super()._synthetic_reply(number, asked, received)
         after = wire.from_record(wire.arrays_of(message))
-        self.trace.noised.append({name: after[name] - self._broadcast[name] for name in after})
+        moved = self.trace.clean[-1]
+        self.trace.noised.append({name: after[name] - self._broadcast[name] for name in moved})
         return message
 
     def _clean(self, server: UserLevelServer, number: int, updates: Sequence[Arrays]) -> Aggregate:
@@ -133,9 +138,8 @@ class Bench:
 
     def start(self) -> Arrays:
         """Return a broadcast off the initial values, so that every factor has a gradient."""
-        names = self.model.names(self.experiment.plan.shared)
         rng = generator(seed_key(0), "audit", "broadcast")
-        first = {name: self.model.initial[name].numpy() for name in names}
+        first = layout(self.config, self.experiment.plan, self.model).broadcast()
         return {n: (a + SPREAD * rng.standard_normal(a.shape)).astype(np.float32) for n, a in first.items()}
 
     def clients(
@@ -151,7 +155,7 @@ class Bench:
         model = self.model if world is None else self._model_of(world)
         plan = experiment.plan
         self._made += 1
-        initial = model.initial_of(plan.kept)
+        initial = layout(experiment.config, plan, model).kept()
         store = PersonalStore(self.folder / f"store-{self._made}", len(experiment.examples.users), initial)
         guard = replace(experiment.guarantee, **(changes or {}))
         clients = Clients(experiment.config, plan, guard, model, store, self.clients_key)
@@ -164,7 +168,9 @@ class Bench:
     ) -> Trace:
         """Run rounds after the `first` ones through Flower's messages and the ledger."""
         users, ledger = clients.examples.users, self._ledger(clients)
-        strategy = _Watched(self.config, clients.guarantee, users, ledger, self.server_key, first_round=first)
+        strategy = _Watched(
+            self.config, clients.guarantee, users, ledger, self.server_key, clients.layout, first_round=first
+        )
         strategy.trace, strategy.shift = Trace(broadcasts=[start or self.start()]), shift
         grid = _Recording(clients, strategy.trace)
 
@@ -184,7 +190,9 @@ class Bench:
         """Return how many clients the strategy asks in each of many rounds; nobody trains."""
         clients = self.clients()
         ledger = self._ledger(clients)
-        strategy = FedpersStrategy(self.config, clients.guarantee, clients.examples.users, ledger, self.server_key)
+        strategy = FedpersStrategy(
+            self.config, clients.guarantee, clients.examples.users, ledger, self.server_key, clients.layout
+        )
         record, grid = wire.to_record(self.start(), clients.shared_names), CohortGrid(clients)
         return [len(list(strategy.configure_train(n, record, ConfigRecord(), grid))) for n in range(1, count + 1)]
 
@@ -228,3 +236,21 @@ def flat(arrays: dict[str, Any]) -> NDArray[np.float64]:
     """Lay arrays out as one vector, by name."""
     parts = [np.asarray(arrays[name], dtype=np.float64).ravel() for name in sorted(arrays)]
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def watch_noise(clients: Clients) -> set[tuple[Part, ...]]:
+    """Return a set that will hold the round, the place of the phase and the step of every noise that is drawn."""
+    seen: set[tuple[Part, ...]] = set()
+    made = clients.step_noise
+
+    def watched(cohort: list[int], phase: Phase, address: tuple[Part, ...]) -> StepNoise:
+        noise = made(cohort, phase, address)
+
+        def drawn(step: int) -> Sequence[Tensor]:
+            seen.add((*address[1:], step))
+            return noise(step)
+
+        return drawn
+
+    setattr(clients, "step_noise", watched)  # noqa: B010 - a method
+    return seen

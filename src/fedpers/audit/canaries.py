@@ -37,6 +37,7 @@ from fedpers.audit.canaries_guessing import (
     tossed,
 )
 from fedpers.cohort.clients import Clients
+from fedpers.cohort.layout import layout
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, result_text
@@ -91,7 +92,8 @@ def user_canary_audit(
     real = len(experiment.examples.users)
     check_sends(experiment)
     model = build_model(experiment, reporter, reuse)
-    dimension = sum(model.initial[name].numel() for name in model.names(experiment.plan.shared))
+    arrays = layout(config, experiment.plan, model)
+    dimension = sum(array.size for array in arrays.broadcast().values())
     count = _how_many(canaries, dimension, real, config.privacy.delta)
     experiment = with_canaries(experiment, count)
     guarantee = experiment.guarantee
@@ -102,7 +104,9 @@ def user_canary_audit(
         directory = RunDirectory.create(Path(folder) / "run", config)
         key = derive(directory.secret(), "user canaries")
         included = tossed(key, experiment.examples.users[real:])
-        store = PersonalStore(directory.private / "rounds", real, model.initial_of(experiment.plan.kept))
+        store = PersonalStore(
+            directory.private / "rounds", real, layout(experiment.config, experiment.plan, model).kept()
+        )
         server_key, clients_key = run_keys(directory.secret(), result_text(config))
         sign = np.where(included, 1.0, -1.0 if opposite else 0.0).astype(np.float32)
         clients = CanaryClients(experiment, model, store, clients_key, orthogonal(count, dimension, key), sign)
@@ -149,13 +153,12 @@ class CanaryClients(Clients):
         places = np.array(asked) - self.real
         updates = OVERSHOOT * self.guarantee.clip * self.sign[places, None] * self.directions[places]
         start = {name: torch.from_numpy(np.array(shared[name])) for name in self.shared_names}
-        received = self.model.broadcast(len(asked), start)
-        parameters = {name: received[name].clone() for name in self.shared_names}
+        parameters = {name: value.expand(len(asked), *value.shape).clone() for name, value in start.items()}
         cuts = np.cumsum([array.numel() for array in start.values()])[:-1]
         for name, part in zip(start, np.split(updates, cuts, axis=1), strict=True):
             parameters[name] += torch.from_numpy(part.reshape(parameters[name].shape))
-        sent = self._outgoing(asked, round_number, parameters, received)
-        moved = flat(sent) - flat({name: received[name].numpy() for name in sent})
+        sent = self._outgoing(asked, round_number, parameters, start)
+        moved = flat(sent) - flat({name: np.repeat(start[name].numpy()[None], len(asked), axis=0) for name in sent})
         self.scores[places] += np.einsum("cd,cd->c", self.directions[places], moved)
         return sent
 

@@ -65,11 +65,16 @@ def audited(config: Config, what: str, unit: str) -> Config:
 
 
 def check_sends(experiment: Experiment) -> None:
-    """Raise ConfigError where no message leaves, so that there is nothing to audit."""
+    """Raise ConfigError where no message leaves, so that there is nothing to audit, or messages of another kind."""
     if not experiment.plan.shared or not experiment.config.rounds:
         raise ConfigError(
             f"canaries: method {experiment.plan.name!r} with rounds={experiment.config.rounds} sends nothing; choose "
             "a method that shares a group, and one round or more."
+        )
+    if not experiment.plan.plain:
+        raise ConfigError(
+            f"canaries: method {experiment.plan.name!r} does more with what clients send than to average it, and these "
+            "canaries read plain replies; `fedpers audit --probe` checks it, and so would canaries under fedavg."
         )
 
 

@@ -35,6 +35,8 @@ from fedpers.audit.canaries_guessing import (
 )
 from fedpers.audit.membership import record_losses
 from fedpers.cohort.clients import Arrays, Clients
+from fedpers.cohort.layout import layout
+from fedpers.cohort.local_training import step_size
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, LearningRates, result_text
@@ -120,7 +122,7 @@ class WatchedClients(Clients):
 
     def __init__(self, experiment: Experiment, model: CohortModel, folder: Path, secret: bytes, included: Mask) -> None:
         examples, plan = experiment.examples, experiment.plan
-        initial = model.initial_of(plan.kept)
+        initial = layout(experiment.config, plan, model).kept()
         users = len(examples.users)
         store = PersonalStore(folder / "rounds", users, initial)
         super().__init__(experiment.config, plan, experiment.guarantee, model, store, secret)
@@ -144,7 +146,7 @@ class WatchedClients(Clients):
         return replies
 
     def _rate(self, name: str) -> float:
-        return float(getattr(self.config.local.lr, self.model.group[name]))
+        return step_size(self.config.local, self.model.group[name])
 
     def _look(self, user: int, total: Floats, gradients: Floats) -> None:
         """Take a reply in: `total` (numbers,) is the noised sum of its steps, `gradients` (records, numbers) clipped.
@@ -186,10 +188,10 @@ class Gradients:
 
     def __init__(self, clients: Clients, examples: Examples, folder: Path) -> None:
         config, model = clients.config, clients.model
-        plain = {"optimizer": "sgd", "lr": LearningRates(adapter=1.0, head=1.0)}
+        plain = {"optimizer": "sgd", "lr": LearningRates(adapter=1.0, norm=1.0, head=1.0)}
         config = config.model_copy(update={"local": config.local.model_copy(update=plain)})
         guarantee = replace(clients.guarantee, steps=1, rate=1.0, denominator=1.0, noise_multiplier=0.0)
-        initial = model.initial_of(clients.plan.kept)
+        initial = clients.layout.kept()
         rows = np.concatenate(examples.train)
         self._edges = np.cumsum([0, *map(len, examples.train)])
         store = PersonalStore(folder, len(rows), initial)

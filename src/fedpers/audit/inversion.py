@@ -85,7 +85,7 @@ def inversion_report(
     """
     bound = _check(config, records, noise_multiplier, iterations)
     experiment = prepare(config.model_copy(update={"privacy": _record_level(config.privacy)}))
-    if "adapter" not in experiment.plan.shared or len(experiment.plan.round) != 1:
+    if not {"A", "B"} <= set(experiment.plan.shared) or len(experiment.plan.round) != 1 or not experiment.plan.plain:
         raise ConfigError(f"method={config.method}, share={'+'.join(config.share)}: inversion needs a method that "
                           "shares the adapter and trains it in one phase.")  # fmt: skip
     if noise_multiplier is None:

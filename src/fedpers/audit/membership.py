@@ -39,6 +39,7 @@ from fedpers.audit.bounds import (
     verdict,
 )
 from fedpers.cohort.clients import Clients
+from fedpers.cohort.layout import layout
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, parse_config, result_text
@@ -159,7 +160,7 @@ def train_shadow(experiment: Experiment, model: CohortModel, number: int) -> Sha
     inside = replace(experiment, config=config, examples=restrict(examples, included))
     with TemporaryDirectory(prefix="fedpers-shadow-") as folder:
         directory = RunDirectory.create(Path(folder) / "run", config)
-        initial = model.initial_of(plan.kept)
+        initial = layout(experiment.config, plan, model).kept()
         store = PersonalStore(directory.private / "rounds", len(examples.users), initial)
         server_key, clients_key = run_keys(directory.secret(), result_text(config))
         clients = Clients(config, plan, experiment.guarantee, model, store, clients_key)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedpers.audit.bench import Arrays, Bench, Trace, flat, slice_of
+from fedpers.audit.bench import Arrays, Bench, Trace, flat, slice_of, watch_noise
 from fedpers.audit.bounds import Finding
 from fedpers.audit.recount import recount
 from fedpers.cohort.clients import Clients
@@ -43,7 +43,7 @@ def probe(config: Config, reporter: Reporter | None = None) -> list[Finding]:
     """
     config = slice_of(config)
     if config.privacy.unit == "record":  # step size 1, so that a reply is the step's noised sum
-        plain = {"optimizer": "sgd", "lr": LearningRates(adapter=1.0, head=1.0)}
+        plain = {"optimizer": "sgd", "lr": LearningRates(adapter=1.0, norm=1.0, head=1.0)}
         config = config.model_copy(
             update={
                 "local": config.local.model_copy(update=plain),
@@ -71,23 +71,27 @@ def violations(findings: Sequence[Finding]) -> list[Finding]:
 # ---------------------------------------------------------------- one record
 
 
-def _record_phases(bench: Bench) -> Iterator[tuple[Phase, list[tuple[int, Phase]]]]:
-    """Each noised phase, after the phases before it that run without noise; earlier noised ones compose."""
+def _record_phases(bench: Bench) -> Iterator[tuple[Phase, list[tuple[int, Phase]], range]]:
+    """Each noised phase, after the phases before it that run without noise (earlier noised ones compose), and the
+    rounds that run it.
+    """
     plan, before = bench.experiment.plan, list[tuple[int, Phase]]()
     for index, phase in enumerate(plan.round):
         if plan.protected(phase):
-            yield phase, [*before, (index, phase)]
+            # Of a pair of noised steps each is looked at as one of its own, and a phase that rests in some rounds too.
+            plain = Phase(*phase.train, without=phase.without, pull=phase.pull)
+            yield plain, [*before, (index, plain)], range(phase.turn[0] or phase.turn[1], 100, phase.turn[1])
         elif not phase.own:
             before.append((index, phase))
 
 
-def _one_step(bench: Bench, clients: Clients, phase: Phase, number: int = 1) -> NDArray[np.float64]:
+def _one_step(bench: Bench, clients: Clients, phase: Phase, number: int) -> NDArray[np.float64]:
     """What one step of every client adds up in the groups of a phase, (users, numbers)."""
     start = bench.start()
     users = range(len(clients.examples.users))
     replies = clients.train_round(number, users, start)
     kept, rows = clients.store.drain()
-    initial = {name: clients.model.initial[name].numpy() for name in rows}
+    initial = {name: value.numpy() for name, value in clients.layout.kept().items()}
     moved = {name: start[name][None] - reply for name, reply in replies.items()}
     moved |= {name: initial[name][None] - row for name, row in rows.items() if name not in replies}
     names = [name for name in clients.model.names(phase.train) if name in moved]
@@ -100,21 +104,21 @@ def _record_sensitivity(bench: Bench) -> list[Finding]:
     clip, examples = bench.experiment.guarantee.clip, bench.experiment.examples
     assert clip is not None
     found = []
-    for phase, phases in _record_phases(bench):
+    for phase, phases, (number, *_) in _record_phases(bench):
         quiet = {"noise_multiplier": 0.0, "steps": 1, "denominator": 1.0, "rate": 1.0}
-        whole = _one_step(bench, bench.clients(quiet, phases=phases), phase)
+        whole = _one_step(bench, bench.clients(quiet, phases=phases), phase, number)
         own, others = 0.0, 0.0
         for user in range(0, len(examples.users), 3):
             for row in examples.train[user][:2]:
                 train = list(examples.train)
                 train[user] = train[user][train[user] != row]
                 clients = bench.clients(quiet, phases=phases, examples=replace(examples, train=tuple(train)))
-                change = np.linalg.norm(_one_step(bench, clients, phase) - whole, axis=1) / clip
+                change = np.linalg.norm(_one_step(bench, clients, phase, number) - whole, axis=1) / clip
                 own, others = max(own, change[user]), max(others, *np.delete(change, user))
         user = len(examples.users) - 1
         world = bench.without(user, bench.experiment.federation.train[user][0])
         change = np.linalg.norm(
-            _one_step(bench, bench.clients(quiet, phases=phases, world=world), phase) - whole, axis=1
+            _one_step(bench, bench.clients(quiet, phases=phases, world=world), phase, number) - whole, axis=1
         )
         own, others = max(own, change[user] / clip), max(others, *(np.delete(change, user) / clip))
         what = f"{phase}"
@@ -130,24 +134,33 @@ def _record_sensitivity(bench: Bench) -> list[Finding]:
 def _record_noise(bench: Bench) -> list[Finding]:
     """One step with noise, less the same without: standard normal, and another one for each client, round and phase."""
     guarantee = bench.experiment.guarantee
-    bench.rounds(bench.clients(), ROUNDS, start=bench.start())  # a ledger of the production path
+    clients = bench.clients()
+    seen = watch_noise(clients)
+    bench.rounds(clients, ROUNDS, start=bench.start())  # a ledger of the production path
     line = bench.ledger.releases[0]
     assert line.clip is not None
     draws = []
-    for phase, phases in _record_phases(bench):
+    for phase, phases, rounds in _record_phases(bench):
         common, last = {"steps": 1, "denominator": 1.0}, phases[-1:]
-        for number in (1, 2):
+        for number in rounds[:2]:
             noisy = _one_step(bench, bench.clients(common, phases=last), phase, number)
             quiet = {**common, "noise_multiplier": 0.0}
             draws += list(noisy - _one_step(bench, bench.clients(quiet, phases=last), phase, number))
-        draws += [line.noise_multiplier * line.clip * draw for draw in _later_step(bench.clients(), *last[0])]
-    return _noise_findings(bench, draws, line.noise_multiplier * line.clip, guarantee.noise_multiplier > 0)
+        draws += [
+            line.noise_multiplier * line.clip * draw for draw in _later_step(bench.clients(), rounds[0], *last[0])
+        ]
+    more = max(sum(one.round == at for at, *_ in seen) - one.steps - one.head_steps for one in bench.ledger.releases)
+    return [
+        _finding("steps on the ledger", bench, "round", 0.0, float(max(more, 0)),
+                 "Noised steps that a client makes in a round beyond those that its ledger line pays for."),
+        *_noise_findings(bench, draws, line.noise_multiplier * line.clip, guarantee.noise_multiplier > 0),
+    ]  # fmt: skip
 
 
-def _later_step(clients: Clients, index: int, phase: Phase) -> list[NDArray[np.float64]]:
-    """The noise of the second step of round 1, by client; the first step's is in the replies that were measured."""
+def _later_step(clients: Clients, number: int, index: int, phase: Phase) -> list[NDArray[np.float64]]:
+    """The noise of the second step of a round, by client; the first step's is in the replies that were measured."""
     cohort = list(range(len(clients.examples.users)))
-    arrays = clients.step_noise(cohort, phase, ("round", 1, index))(1)
+    arrays = clients.step_noise(cohort, phase, ("round", number, index))(1)
     return [np.concatenate([np.asarray(a[user], dtype=np.float64).ravel() for a in arrays]) for user in cohort]
 
 
@@ -242,9 +255,9 @@ def _reply_noise(bench: Bench, number: int) -> Iterator[NDArray[np.float64]]:
     users = range(len(noisy.examples.users))
     sent, quiet = noisy.train_round(number, users, start), clean.train_round(number, users, start)
     for user in users:
-        update = {name: quiet[name][user] - start[name] for name in start}
+        update = {name: quiet[name][user] - start[name] for name in quiet}
         kept, _ = clip_update(update, clip, bench.experiment.guarantee.per_layer)
-        yield flat({name: sent[name][user] - start[name] - kept[name] for name in start})
+        yield flat({name: sent[name][user] - start[name] - kept[name] for name in sent})
 
 
 # ---------------------------------------------------------------- findings

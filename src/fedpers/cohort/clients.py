@@ -12,16 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.cohort.batching import epochs, poisson
+from fedpers.cohort.layout import layout
 from fedpers.cohort.local_training import RecordProtection, Stats, train_phase
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.optimizer import Noise
 from fedpers.cohort.personal_store import PersonalStore
-from fedpers.config import Config
-from fedpers.methods.base import PERSONAL, Phase, Plan
+from fedpers.cohort.rules import step_rule, unmoved
+from fedpers.cohort.visits import Choice, arrive, clone, leave, repeat
+from fedpers.config import Config, LearningRates, TrainConfig
+from fedpers.methods.base import PERSONAL, Method, Phase
+from fedpers.plan import Plan
 from fedpers.privacy.guarantee import Guarantee
 from fedpers.privacy.mechanisms import clip_update, noise_share
 from fedpers.privacy.randomness import Part, generator, seed_key, uniforms
 from fedpers.tasks.base import Examples
+from fedpers.visit import Visit
 
 Arrays = Mapping[str, NDArray[np.float32]]
 _HALVES = seed_key(0)  # which half of split data a record is in is public
@@ -36,52 +41,87 @@ class Clients:
         self.config, self.plan, self.guarantee = config, plan, guarantee
         self.model, self.examples, self.store = model, model.examples, store
         self._secret = secret
-        self.shared_names = model.names(plan.shared)
+        self.layout = layout(config, plan, model)
+        self.shared_names = self.layout.down
         self.phases: Sequence[tuple[int, Phase]] = tuple(enumerate(plan.round))  # with their places in the addresses
         self.stats = Stats()  # the simulator's own channel
         self.nonfinite_updates = 0
+        self.noise: dict[str, Tensor] = {}  # of the clients' own making in the last round, added up over them
 
     def train_round(self, round_number: int, users: Sequence[int], shared: Arrays) -> dict[str, NDArray[np.float32]]:
-        """Run the round's phases for users; returns what they send, (users, out, in) for each shared name.
+        """Run the round's phases for users; returns what they send, (users, out, in) for each name that travels up.
 
         New personal state is staged in the store. An update that is not finite is sent as no update at all.
         """
-        start = {name: torch.from_numpy(np.array(shared[name])) for name in self.shared_names}
-        replies: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self.shared_names}
+        if self.plan.method.pooled:
+            return self._pooled_round(round_number, users, shared)
+        names, method = self.layout.up(round_number), self.plan.method
+        wire = {name: torch.from_numpy(np.array(shared[name])) for name in self.shared_names}
+        replies: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
+        self.noise = {}
         for cohort in self._cohorts(users):
             kept = self.store.read(cohort)
-            personal = {name: value for name, value in kept.items() if name not in self.shared_names}
-            parameters = self.model.broadcast(len(cohort), start) | personal
-            # with the user's own copies of shared groups, where the method keeps any
-            copies = self.model.broadcast(len(cohort), start) | kept if self.plan.twins else parameters
-            before, before_copies = _clone(parameters), _clone(copies)
-            received = self.model.broadcast(len(cohort), start)
+            visit, chosen = self._arrive(round_number, cohort, wire, kept)
+            local, own, memory = clone(visit.local), clone(visit.own), clone(visit.memory)
+            method.begin(visit)
+            if not method.overrides("end"):
+                local = clone(visit.local)  # sent as it is if training breaks
             for index, phase in self.phases:
-                address = ("round", round_number, index)
-                if phase.own:
-                    self.stats.add(self._train(copies, cohort, phase, address, anchors=received))
-                else:
-                    self.stats.add(self._train(parameters, cohort, phase, address))
-            self._reset_nonfinite(parameters, before)
-            self._reset_nonfinite(copies, before_copies)
-            self.store.stage(cohort, {name: (parameters if name in personal else copies)[name] for name in kept})
-            for name, sent in self._outgoing(cohort, round_number, parameters, received).items():
+                if phase.on(round_number):
+                    found = self._train(visit, cohort, phase, ("round", round_number, index))
+                    self.stats.add(found)
+                    self._note({name: value.sum(dim=0) for name, value in found.noise.items() if name in names})
+            # What stays at home and broke is no reason to send nothing: what is sent must not depend on it.
+            if visit.own is not visit.local:
+                torn = _broken(visit.own)
+                self.nonfinite_updates += int(torn.sum())
+                _reset(torn, (visit.own, own))
+            personal = {n: local[n] for n in self.model.names(self.plan.groups(PERSONAL))}
+            worn = _broken({n: visit.local[n] for n in personal or local})
+            _reset(worn, (visit.local, personal))
+            if method.keeps:
+                visit.own.update({name: visit.local[name].clone() for name in visit.shared})
+            method.end(visit)
+            bad = _broken(visit.local | visit.memory)
+            self.nonfinite_updates += int((bad | worn).sum())
+            _reset(bad, (visit.local, local), (visit.memory, memory), *([(visit.own, own)] if method.keeps else []))
+            self.store.stage(cohort, self._state(visit))
+            reply = leave(visit, wire, chosen, names)
+            for name, sent in self._outgoing(cohort, round_number, reply, wire).items():
                 replies[name].append(sent)
         return {name: np.concatenate(parts) for name, parts in replies.items()}
 
+    def _pooled_round(self, number: int, users: Sequence[int], shared: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Train one model on the records of all; everyone answers with it."""
+        rows = np.concatenate([self.examples.train[user] for user in users])
+        pooled = replace(self.examples, users=("everyone",), train=(rows,), test=(rows[:0],))
+        trainer = Clients(
+            self.config, replace(self.plan, method=Method), self.guarantee, self.model, self.store, self._secret
+        )
+        trainer.examples, trainer.stats = pooled, self.stats
+        replies = trainer.train_round(number, [0], shared)
+        self.nonfinite_updates += trainer.nonfinite_updates
+        return {name: np.repeat(reply, len(users), axis=0) for name, reply in replies.items()}
+
+    def _state(self, visit: Visit) -> Parameters:
+        """Return what stays with the users."""
+        personal = self.model.names(self.plan.groups(PERSONAL))
+        held = visit.own | {name: visit.local[name] for name in personal} | visit.memory
+        return {name: held[name] for name in self.store.arrays}
+
     def _outgoing(
-        self, cohort: list[int], round_number: int, parameters: Parameters, received: Parameters
+        self, cohort: list[int], round_number: int, reply: Parameters, wire: Mapping[str, Tensor]
     ) -> dict[str, NDArray[np.float32]]:
         """Return what the cohort's clients send, (clients, out, in): where a client does not trust the server alone,
         its clipped update with its own noise, or its share of the noise.
         """
-        sent = {name: parameters[name].numpy() for name in self.shared_names}
+        sent = {name: value.numpy() for name, value in reply.items()}
         guarantee = self.guarantee
         if guarantee.trust not in {"user-local", "user-distributed"}:
             return sent
         assert guarantee.clip is not None
-        shapes = {name: tuple(self.model.initial[name].shape) for name in self.shared_names}
-        result = {name: np.array(received[name].numpy()) for name in self.shared_names}
+        shapes = {name: tuple(wire[name].shape) for name in sent}
+        result = {name: np.repeat(wire[name].numpy()[None], len(cohort), axis=0) for name in sent}
         for place, user in enumerate(cohort):
             update = {name: sent[name][place] - result[name][place] for name in sent}
             clipped, _ = clip_update(update, guarantee.clip, guarantee.per_layer)
@@ -89,25 +129,52 @@ class Clients:
             noise = noise_share(shapes, guarantee.clip, guarantee.noise_multiplier, guarantee.honest or 1, rng)
             for name in sent:
                 result[name][place] += (clipped[name] + noise[name]).astype(np.float32)
+            self._note({name: torch.from_numpy(value.astype(np.float32)) for name, value in noise.items()})
         return result
+
+    def _note(self, noise: Mapping[str, Tensor]) -> None:
+        """Remember noise for the simulator's eyes."""
+        for name, value in noise.items():
+            self.noise[name] = self.noise[name] + value if name in self.noise else value
+
+    def own(
+        self, users: Sequence[int], shared: Arrays, personal: PersonalStore | None
+    ) -> Iterator[tuple[list[int], Parameters]]:
+        """Yield cohorts and their own models as they are now, without further training.
+
+        `personal` holds the state from the rounds; None starts at the public initial values.
+        """
+        for cohort, visit in self._at_home(users, shared, personal):
+            yield cohort, visit.local
 
     def finish(
         self, users: Sequence[int], shared: Arrays, personal: PersonalStore | None
     ) -> Iterator[tuple[list[int], Parameters]]:
-        """Train at home after the last release; yields cohorts and their own models.
-
-        `personal` holds the state from the rounds; None starts at the public initial values (the local-only baseline).
-        """
-        start = {name: torch.from_numpy(np.array(value)) for name, value in shared.items()}
-        for cohort in self._cohorts(users):
-            parameters = self.model.broadcast(len(cohort), start)
-            if personal is not None:
-                parameters.update(personal.read(cohort))
-            before = _clone(parameters)
+        """Train at home after the last release; yields cohorts and their own models, as `own` does."""
+        for cohort, visit in self._at_home(users, shared, personal):
+            before = clone(visit.local)
             for index, phase in enumerate(self.plan.finish):
-                self._train(parameters, cohort, phase, ("finish", index), at_home=True)
-            self._reset_nonfinite(parameters, before)
-            yield cohort, parameters
+                self._train(visit, cohort, phase, ("finish", index), at_home=True)
+            bad = _broken(visit.local)
+            self.nonfinite_updates += int(bad.sum())
+            _reset(bad, (visit.local, before))
+            yield cohort, visit.local
+
+    def _at_home(
+        self, users: Sequence[int], shared: Arrays, personal: PersonalStore | None
+    ) -> Iterator[tuple[list[int], Visit]]:
+        wire = {name: torch.from_numpy(np.array(value)) for name, value in shared.items()}
+        first = self.layout.kept()
+        for cohort in self._cohorts(users):
+            kept = personal.read(cohort) if personal is not None else repeat(first, len(cohort))
+            visit, _ = self._arrive(0, cohort, wire, kept)
+            self.plan.method.home(visit)
+            yield cohort, visit
+
+    def _arrive(
+        self, number: int, cohort: list[int], wire: Mapping[str, Tensor], kept: Parameters
+    ) -> tuple[Visit, Choice | None]:
+        return arrive(self.config, self.layout, self.model, self.examples, number, cohort, wire, kept)
 
     def with_plan(self, plan: Plan) -> Clients:
         """The same clients under another method's table; the same random numbers make the two comparable."""
@@ -119,29 +186,41 @@ class Clients:
             yield list(users[start : start + size])
 
     def _train(
-        self,
-        parameters: Parameters,
-        cohort: list[int],
-        phase: Phase,
-        address: tuple[Part, ...],
-        at_home: bool = False,
-        anchors: Parameters | None = None,
+        self, visit: Visit, cohort: list[int], phase: Phase, address: tuple[Part, ...], at_home: bool = False
     ) -> Stats:
         personal = at_home or phase.own or all(self.plan.scopes[group] is PERSONAL for group in phase.train)
-        settings = self.config.personal if personal else self.config.local
+        settings: TrainConfig = self.config.personal if personal else self.config.local
         examples = self.examples if at_home else self._half(phase)
+        if phase.blend:
+            step = self.plan.options[phase.blend]
+            rates = LearningRates.model_construct(adapter=step, norm=step, head=step)  # it may be 0
+            settings = settings.model_copy(update={"optimizer": "sgd", "lr": rates, "epochs": 1})
+        double = 2 if phase.inner else 1
         protection = None
         if self.guarantee.unit == "record" and not at_home and self.plan.protected(phase):
-            steps = poisson(examples, cohort, self.guarantee.steps, self.guarantee.rate, self._secret, address)
+            count = double * self.guarantee.steps
+            steps = poisson(examples, cohort, count, self.guarantee.rate, self._secret, address)
             protection = self._protection(cohort, phase, address)
         else:
-            steps = epochs(examples, cohort, settings.epochs, settings.batch_size, self._secret, address)
-        pull = None
-        if personal and self.config.personal.l2 > 0:
-            if anchors is None:
-                anchors = parameters if at_home else self.model.broadcast(len(cohort))
-            pull = (self.config.personal.l2, {name: anchors[name].clone() for name in self.model.names(phase.train)})
-        return train_phase(self.model, parameters, phase.train, steps, settings, pull=pull, protection=protection)
+            steps = epochs(examples, cohort, double * settings.epochs, settings.batch_size, self._secret, address)
+        if not (personal or phase.blend):
+            visit.steps += sum((torch.from_numpy(step.active).float() for step in steps), torch.zeros(len(cohort)))
+        names = self.model.names(phase.train)
+        weights = visit.own if phase.own else visit.local
+        read = weights | unmoved(self.plan, self.model, phase, len(cohort))
+        share = self.plan.options[phase.mix] if phase.mix else 1.0
+        if share == 0.0:
+            return Stats()  # a part of no weight has no gradient
+        if phase.mix:
+            read |= {n: share * visit.own[n] + (1 - share) * visit.local[n] for n in names}
+        strength = self.plan.options[phase.pull] if phase.pull else self.config.personal.l2 if personal else 0.0
+        rule = step_rule(self.plan, self.model, visit, phase, settings, strength, at_home)
+        stats = train_phase(self.model, read, phase.train, steps, settings, rule=rule, protection=protection)
+        for name in names:
+            weights[name] = read[name]
+            if phase.mix:
+                weights[name] = (read[name] - (1 - share) * visit.local[name]) / share
+        return stats
 
     def _half(self, phase: Phase) -> Examples:
         """The examples that a round phase may train on: all, or one half of each user's, by record id alone."""
@@ -179,16 +258,14 @@ class Clients:
             per_layer=self.guarantee.per_layer,
         )
 
-    def _reset_nonfinite(self, parameters: Parameters, before: Parameters) -> None:
-        """Undo a client's whole training if any number of it is not finite; the others are not touched."""
-        bad = torch.zeros(len(next(iter(parameters.values()))), dtype=torch.bool)
-        for value in parameters.values():
-            bad |= ~torch.isfinite(value).flatten(1).all(dim=1)
-        if bad.any():
-            self.nonfinite_updates += int(bad.sum())
-            for name, value in parameters.items():
-                value[bad] = before[name][bad]
+
+def _reset(bad: Tensor, *undo: tuple[Parameters, Parameters]) -> None:
+    """Undo what clients did whose numbers are not finite; the others are not touched."""
+    for values, before in undo:
+        for name in before:
+            values[name][bad] = before[name][bad]
 
 
-def _clone(parameters: Parameters) -> Parameters:
-    return {name: value.clone() for name, value in parameters.items()}
+def _broken(values: Parameters) -> Tensor:
+    """Which clients have a number that is not finite, (clients,)."""
+    return torch.stack([~torch.isfinite(value).flatten(1).all(dim=1) for value in values.values()]).any(dim=0)

@@ -1,10 +1,12 @@
-"""Linear layers whose weights belong to clients: each record passes through the weights of the client who owns it."""
+"""Layers whose weights belong to clients: each record passes through the weights of the client who owns it."""
 
 from __future__ import annotations
 
 import torch
 from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
+
+from fedpers.cohort.norm import CohortLayerNorm
 
 
 class Owners:
@@ -48,28 +50,45 @@ def per_record_gradient(
     return {layer.weight: torch.bmm(outputs.transpose(1, 2), inputs)}
 
 
-def to_cohort(module: nn.Module, owners: Owners) -> dict[str, CohortLinear]:
-    """Replace every trainable nn.Linear below `module` by a CohortLinear; returns them by name.
+Layer = CohortLinear | CohortLayerNorm
+
+
+def to_cohort(module: nn.Module, owners: Owners) -> dict[str, Layer]:
+    """Replace every trainable nn.Linear and nn.LayerNorm below `module` by one for cohorts; returns them by name.
 
     Raises:
-        TypeError: a trainable linear with a bias, or another module that holds trainable parameters directly.
+        TypeError: a trainable linear with a bias, a normalisation without scale or shift, or another module that holds
+            trainable parameters directly.
     """
-    replaced: dict[str, CohortLinear] = {}
+    replaced: dict[str, Layer] = {}
     for name, child in list(module.named_modules()):
-        trainable = [key for key, p in child.named_parameters(recurse=False) if p.requires_grad]
-        if not trainable:
+        if not any(p.requires_grad for p in child.parameters(recurse=False)):
             continue
-        if not isinstance(child, nn.Linear) or dict(child.named_parameters()).keys() != {"weight"}:
-            raise TypeError(
-                f"{name}: only bias-free linear layers can be trained in cohorts, found {type(child).__name__}"
-            )
         parent_name, _, attribute = name.rpartition(".")
         parent = module.get_submodule(parent_name)
-        layer = CohortLinear(child.in_features, child.out_features, owners)
-        layer.weight.data = child.weight.detach().unsqueeze(0).clone()
+        layer = _owned(name, child, owners)
         if isinstance(parent, nn.ModuleDict):
             parent[attribute] = layer
         else:
             setattr(parent, attribute, layer)
         replaced[name] = layer
     return replaced
+
+
+def _owned(name: str, module: nn.Module, owners: Owners) -> Layer:
+    """Return the layer for one client that computes what `module` does."""
+    layer: Layer
+    trainable = {key for key, p in module.named_parameters() if p.requires_grad}
+    if isinstance(module, nn.Linear) and dict(module.named_parameters()).keys() == {"weight"}:
+        layer = CohortLinear(module.in_features, module.out_features, owners)
+        layer.weight.data = module.weight.detach().unsqueeze(0).clone()
+        return layer
+    # The exact class: what inherits from it may compute something else.
+    if type(module) is nn.LayerNorm and trainable == {"weight", "bias"} and len(module.normalized_shape) == 1:
+        layer = CohortLayerNorm(module.normalized_shape[0], module.eps, owners)
+        layer.weight.data = torch.stack([module.weight.detach(), module.bias.detach()]).unsqueeze(0)
+        return layer
+    raise TypeError(
+        f"{name}: only bias-free linear layers, and layer norms with scale and shift, can be trained in cohorts, found "
+        f"{type(module).__name__}"
+    )

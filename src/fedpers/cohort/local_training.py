@@ -15,7 +15,8 @@ from torch import Tensor
 from fedpers.cohort.batching import Index, Step, microbatches
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.optimizer import CohortDPOptimizer, Noise
-from fedpers.config import GROUPS, TrainConfig
+from fedpers.config import FAMILY, TrainConfig
+from fedpers.plan import encodes
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,23 @@ class RecordProtection:
     per_layer: bool = False  # clip each trained array to clip/sqrt(arrays) instead: the same joint bound
 
 
+@dataclass(frozen=True)
+class StepRule:
+    """How a step differs from a plain one; all of it works on what clipping and noise have left.
+
+    Attributes:
+        gradient: makes the gradient to step with of an array's name, all moving weights, and its gradient.
+        bounds: by array name, the lowest and the highest value that a weight may take.
+        inner: step in units of the step size after which every other gradient is taken; see `Phase.inner`.
+        rate: factor on the step sizes.
+    """
+
+    gradient: Callable[[str, Mapping[str, Tensor], Tensor], Tensor] | None = None
+    bounds: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    inner: float | None = None
+    rate: float = 1.0
+
+
 @dataclass
 class Stats:
     """What the simulator may look at; none of it ever leaves a client."""
@@ -37,7 +55,7 @@ class Stats:
     records: int = 0
     clipped: int = 0
     nonfinite: int = 0
-    steps: list[int] = field(default_factory=list)
+    noise: dict[str, Tensor] = field(default_factory=dict)  # what the steps' noise adds up to, (clients, out, in)
 
     def add(self, other: Stats) -> None:
         """Take in the counts of another cohort."""
@@ -54,7 +72,7 @@ def train_phase(
     steps: Sequence[Step],
     settings: TrainConfig,
     *,
-    pull: tuple[float, Mapping[str, Tensor]] | None = None,
+    rule: StepRule | None = None,
     protection: RecordProtection | None = None,
 ) -> Stats:
     """Train the groups `train` of all clients of a cohort through `steps`; changes `parameters` in place.
@@ -65,17 +83,19 @@ def train_phase(
         train: names of the parameter groups that move.
         steps: the logical batches.
         settings: optimizer and step sizes.
-        pull: strength and anchors (clients, out, in) of the L2 pull `strength/2 * ||w - anchor||^2`.
+        rule: what a step does besides; None for plain steps.
         protection: per-record clipping and noise; None trains on plain mean gradients.
     """
+    rule = rule or StepRule()
     model.load(parameters)
     moving = model.names(train)
     for name, layer in model.layers.items():
         layer.weight.requires_grad_(name in moving)
-    weights = [model.layers[name].weight for name in moving]
-    optimizer = _optimizer(model, train, settings)
+    weights = {name: model.layers[name].weight for name in moving}
+    optimizer = _optimizer(weights, model, settings, rule.rate)
     contexts = _fixed_contexts(model, train, steps)
     stats = Stats()
+    origin: list[Tensor] = []
     with _opacus(model, optimizer, protection) as private:
         for number, step in enumerate(steps):
             optimizer.zero_grad()
@@ -92,35 +112,56 @@ def train_phase(
                     private.accumulate()
                 stats.loss_sum += float(losses.detach().nansum())
                 stats.records += len(part)
-            before = [weight.detach().clone() for weight in weights] if not step.active.all() else None
-            hooks = _pull_into_gradient(model, moving, pull)
+            active = torch.from_numpy(step.active)
+            stepping = rule.inner is not None or not step.active.all()
+            before = [weight.detach().clone() for weight in weights.values()] if stepping else []
+            hook = _gradient_hook(weights, rule)
             if private is None:
-                hooks()
+                hook()
                 optimizer.step()
             else:
-                private.attach_step_hook(lambda _optimizer, run=hooks: run())
+                private.attach_step_hook(lambda _optimizer, run=hook: run())
                 private.finish_batch()
-            if before is not None:
-                _restore(weights, before, torch.from_numpy(step.active))
+            for name, (low, high) in rule.bounds.items():
+                weights[name].data = torch.minimum(torch.maximum(weights[name].detach(), low), high)
+            if not step.active.all():
+                _restore(list(weights.values()), before, active)
+            if rule.inner is not None:
+                if number % 2 == 0:
+                    origin = before
+                    _toward(weights, before, rule.inner)
+                else:
+                    _from(weights, origin, before)
+        if rule.inner is not None and len(steps) % 2:
+            raise AssertionError("an inner step without the gradient that it is taken for")
     if private is not None:
         stats.clipped, stats.nonfinite = private.clipped, private.nonfinite
+        if settings.optimizer == "sgd" and rule.inner is None:
+            rates = (group["lr"] for group in optimizer.param_groups)
+            stats.noise = {n: -lr * drawn for n, lr, drawn in zip(moving, rates, private.drawn, strict=True)}
     for name in moving:
         parameters[name] = model.layers[name].weight.detach()
     return stats
 
 
-def _optimizer(model: CohortModel, train: Sequence[str], settings: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(
+    weights: Mapping[str, torch.nn.Parameter], model: CohortModel, settings: TrainConfig, rate: float
+) -> torch.optim.Optimizer:
+    """Return an optimizer with an entry for each array in the order of names, which is that of the noise, too."""
     groups = [
-        {"params": [model.layers[name].weight for name in model.names([group])], "lr": getattr(settings.lr, group)}
-        for group in GROUPS  # one order for weights and noise, whatever the phase's
-        if group in train and model.names([group])
+        {"params": [weight], "lr": rate * step_size(settings, model.group[name])} for name, weight in weights.items()
     ]
     return torch.optim.SGD(groups) if settings.optimizer == "sgd" else torch.optim.Adam(groups)
 
 
+def step_size(settings: TrainConfig, group: str) -> float:
+    """Return the step size of a parameter group."""
+    return float(getattr(settings.lr, FAMILY[group]))
+
+
 def _fixed_contexts(model: CohortModel, train: Sequence[str], steps: Sequence[Step]) -> list[Tensor] | None:
     """Encode once what the steps will read, when no adapter moves in this phase; else None."""
-    if "adapter" in train and model.lora is not None:
+    if encodes(tuple(train)) and model.lora is not None:
         return None
     rows = np.concatenate([step.rows for step in steps] or [np.zeros(0, np.int64)])
     owners = np.concatenate([step.owners for step in steps] or [np.zeros(0, np.int64)])
@@ -157,21 +198,30 @@ def _opacus(
         hooks.cleanup()
 
 
-def _pull_into_gradient(
-    model: CohortModel, moving: Sequence[str], pull: tuple[float, Mapping[str, Tensor]] | None
-) -> Callable[[], None]:
-    """Return a function that adds the pull's gradient; under DP it runs after the noise, on released values only."""
+def _gradient_hook(weights: Mapping[str, torch.nn.Parameter], rule: StepRule) -> Callable[[], None]:
+    """Return a function that changes the gradients; under DP it runs after the noise, on released values only."""
 
-    def add() -> None:
-        if pull is None:
+    def change() -> None:
+        if rule.gradient is None:
             return
-        strength, anchors = pull
-        for name in moving:
-            weight = model.layers[name].weight
+        values = {name: weight.detach() for name, weight in weights.items()}
+        for name, weight in weights.items():
             assert weight.grad is not None
-            weight.grad += strength * (weight.detach() - anchors[name])
+            weight.grad = rule.gradient(name, values, weight.grad)
 
-    return add
+    return change
+
+
+def _toward(weights: Mapping[str, torch.nn.Parameter], before: Sequence[Tensor], share: float) -> None:
+    """Go a share of the step that was just made."""
+    for weight, old in zip(weights.values(), before, strict=True):
+        weight.data = old + share * (weight.detach() - old)
+
+
+def _from(weights: Mapping[str, torch.nn.Parameter], origin: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Make the step that was just made from another place."""
+    for weight, start, old in zip(weights.values(), origin, before, strict=True):
+        weight.data = start + (weight.detach() - old)
 
 
 def _restore(weights: Sequence[Tensor], before: Sequence[Tensor], active: Tensor) -> None:

@@ -1,26 +1,30 @@
-"""The model that a cohort trains: cached frozen prefix, adapted blocks with owned LoRA factors, an owned head."""
+"""The model that a cohort trains: cached frozen prefix, adapted blocks with owned layers, an owned head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedpers.cohort.batching import Index, microbatches
-from fedpers.cohort.linear import CohortLinear, Owners, to_cohort
+from fedpers.cohort.linear import CohortLinear, Layer, Owners, to_cohort
 from fedpers.cohort.prefix_cache import Embedded, Prefix, Progress
-from fedpers.config import Config
+from fedpers.config import Config, expand
 from fedpers.models import adapters
-from fedpers.models.backbone import Backbone, pool, public_name
+from fedpers.models.backbone import Backbone, Tokens, pool, public_name
 from fedpers.privacy.randomness import generator
 from fedpers.tasks.base import Examples, Task, gather
 
 Parameters = dict[str, Tensor]  # by array name, each (clients, out, in)
+Link = Literal["linear", "sigmoid"]
+LINKS: dict[Link, Callable[[Tensor], Tensor]] = {"linear": lambda x: x, "sigmoid": torch.sigmoid}
 
 
 class CohortModel(nn.Module):
@@ -28,7 +32,12 @@ class CohortModel(nn.Module):
 
     Attributes:
         initial: public initial value of every trainable array, (out, in) by name.
-        group: "adapter" or "head" for every array name.
+        group: one of config.GROUPS for every array name.
+        scaling: alpha / rank; an adapter adds scaling * B @ A to its module's weight.
+        features: unit-length vectors of the inputs by the frozen backbone, (rows, width); what a gate reads.
+
+    With a gate, a record's output of the first adapter is scaled by 1 - g and that of the second by g, where
+    g = link(gate . [features, 1]) is the same in all layers. Without one, two adapters add up.
     """
 
     def __init__(
@@ -40,7 +49,25 @@ class CohortModel(nn.Module):
         adapt: bool,
         progress: Progress,
         donor: CohortModel | None = None,
+        extra: Collection[str] = (),
+        link: Link = "linear",
     ) -> None:
+        """Load the backbone and compute what is frozen.
+
+        Args:
+            config: the run's configuration.
+            task: gives the head.
+            examples: all users' records.
+            key: public key of the initial values.
+            adapt: whether there are adapters, so that the groups A and B exist; without, the head is alone.
+            progress: told how far the frozen part is.
+            donor: a model with adapters, from which one without takes all that is frozen.
+            extra: further groups, or their aliases, of a model that adapts: A2, B2, gate, residual, norm.
+            link: makes the mixing weight g of the gate's output.
+
+        Raises:
+            ConfigError: an adapter or extra groups that do not fit the backbone, or a backbone that cannot be cut.
+        """
         super().__init__()
         backbone: Backbone = Backbone(config.model.backbone) if donor is None else donor.backbone
         budget = config.engine.token_budget
@@ -57,18 +84,16 @@ class CohortModel(nn.Module):
         self.lengths: Index = inputs.lengths.numpy()
         self.owners = Owners()
         self.lora: Any | None = None
-        layers: dict[str, CohortLinear] = {}
+        self.scaling: float = config.model.adapter.alpha / config.model.adapter.rank
+        self.link: Link = link
+        self.gate: CohortLinear | None = None
+        self.features: Tensor | None = None
+        self.lora_layers: list[Any] = []
+        layers: dict[str, Layer] = {}
         self.prefix: Prefix | None = None
         self.frozen_contexts: Tensor | None = None
         if adapt:
-            self.layer = backbone.depth - config.model.adapter.layers
-            if self.layer >= 0:
-                backbone.check_split(self.layer)
-                self.prefix = Prefix(backbone, inputs, self.layer, budget, progress)
-            placed = adapters.place(backbone, config.model.adapter)
-            self.lora = placed.peft_config["default"]
-            self.encoder = backbone.model
-            layers = {adapters.array_name(name): layer for name, layer in to_cohort(placed, self.owners).items()}
+            layers = self._adapt(config, inputs, expand(extra), progress)
         elif donor is None:
             self.frozen_contexts = Embedded(backbone, inputs, budget, progress, "contexts").vectors
         else:
@@ -87,16 +112,39 @@ class CohortModel(nn.Module):
         for layer in self.layers.values():
             layer.train()
 
-    def _initial(self, name: str, layer: CohortLinear, key: bytes) -> Tensor:
-        if ".lora_A." not in name:
-            return layer.weight.detach()[0].clone()  # lora_B is 0; heads start as the task says
+    def _adapt(self, config: Config, inputs: Tokens, extra: Collection[str], progress: Progress) -> dict[str, Layer]:
+        """Compute what is frozen, then place the adapters and the extra groups; returns their layers by array name."""
+        backbone, budget = self.backbone, config.engine.token_budget
+        if "gate" in extra:
+            self.features = Embedded(backbone, inputs, budget, progress, "contexts").vectors
+        self.layer = backbone.depth - config.model.adapter.layers
+        if self.layer >= 0:
+            backbone.check_split(self.layer)
+            self.prefix = Prefix(backbone, inputs, self.layer, budget, progress)
+        placed = adapters.place(backbone, config.model.adapter, extra)
+        self.lora = placed.peft_config["default"]
+        self.lora_layers = adapters.lora_layers(placed)
+        self.encoder = backbone.model
+        layers = {adapters.array_name(name): layer for name, layer in to_cohort(placed, self.owners).items()}
+        if "gate" in extra:
+            self.gate = CohortLinear(backbone.width + 1, 1, self.owners)  # the last input is 1
+            layers[adapters.GATE] = self.gate
+        for name, layer in layers.items():
+            layer.weight.requires_grad_(adapters.group_of(name) != "residual")
+        return layers
+
+    def _initial(self, name: str, layer: Layer, key: bytes) -> Tensor:
+        if self.group[name] not in {"A", "A2"} or not isinstance(layer, CohortLinear):
+            # lora_B, gate and residual are 0, norms the backbone's, heads start as the task says.
+            return layer.weight.detach()[0].clone()
         bound = 1.0 / np.sqrt(layer.in_features)  # PEFT's choice: Kaiming uniform with a = sqrt(5)
         values = generator(key, "initial", name).uniform(-bound, bound, (layer.out_features, layer.in_features))
         return torch.from_numpy(values.astype(np.float32))
 
     def names(self, groups: Sequence[str]) -> tuple[str, ...]:
-        """Return the array names of these groups, sorted."""
-        return tuple(name for name in self.layers if self.group[name] in groups)
+        """Return the array names of these groups (or aliases, see config.expand), sorted."""
+        wanted = expand(groups)
+        return tuple(name for name in self.layers if self.group[name] in wanted)
 
     def initial_of(self, groups: Sequence[str]) -> dict[str, Tensor]:
         """Return the public initial values, (out, in), of the arrays of these groups."""
@@ -114,13 +162,34 @@ class CohortModel(nn.Module):
             layer.weight.grad = None
 
     def contexts(self, rows: Index, owners: Tensor) -> Tensor:
-        """Encode the inputs of rows with their owners' adapters; unit vectors (records, width)."""
+        """Encode the inputs of rows as their owners' models do; unit vectors (records, width)."""
         if self.prefix is None:
             assert self.frozen_contexts is not None
             return self.frozen_contexts[torch.from_numpy(rows)]
         hidden, mask = self.prefix.batch(rows)
         self.owners.set(owners)
-        return pool(self.backbone.above(hidden, mask, self.layer), mask)
+        with self._mixed(rows):
+            return pool(self.backbone.above(hidden, mask, self.layer), mask)
+
+    @contextmanager
+    def _mixed(self, rows: Index) -> Iterator[None]:
+        """Scale the outputs of both adapters per record by what the gate says of these rows; without a gate, by 1."""
+        if self.gate is None:
+            yield
+            return
+        assert self.features is not None
+        inputs = functional.pad(self.features[torch.from_numpy(rows)], (0, 1), value=1.0)
+        second = LINKS[self.link](self.gate(inputs)).unsqueeze(-1)  # (records, 1, 1), over tokens and outputs
+        try:
+            # PEFT multiplies each adapter's output by its scaling, after lora_B.
+            self._scale(self.scaling * (1.0 - second), self.scaling * second)
+            yield
+        finally:
+            self._scale(self.scaling, self.scaling)
+
+    def _scale(self, first: Tensor | float, second: Tensor | float) -> None:
+        for layer in self.lora_layers:
+            layer.scaling.update({"default": first, adapters.SECOND: second})
 
     def scores(self, contexts: Tensor, rows: Index, owners: Tensor) -> Tensor:
         """Apply the owners' heads: scores (records, candidates)."""
@@ -139,7 +208,13 @@ class CohortModel(nn.Module):
         return result
 
     def save_shared(self, directory: Path, arrays: Mapping[str, NDArray[np.float32]]) -> None:
-        """Write arrays as standard PEFT files with the head beside them."""
+        """Write arrays as standard PEFT files with the head beside them.
+
+        Where some factors of the first adapter are given, the others are written at their public initial values, or
+        PEFT could not load them.
+        """
+        if any(adapters.group_of(name) in {"A", "B"} for name in arrays):
+            arrays = {**{name: first.numpy() for name, first in self.initial_of(["adapter"]).items()}, **arrays}
         description = {
             "task": type(self.task).__name__,
             "backbone": public_name(self.backbone.name),
@@ -147,4 +222,6 @@ class CohortModel(nn.Module):
             "apply": (self.head.__doc__ or "").strip().partition("\n")[0],
             "scale": self.task.config.scale,
         }
+        if adapters.GATE in arrays:
+            description["link"] = self.link
         adapters.save(directory, arrays, self.lora, description)

@@ -39,6 +39,7 @@ class CohortDPOptimizer(DPOptimizer):  # type: ignore[misc]
         )  # fmt: skip
         self.owners, self.lot_size, self.noise, self.per_layer = owners, lot_size, noise, per_layer
         self.steps = 0
+        self.drawn = [torch.zeros_like(parameter) for parameter in self.params]  # noise in the gradients of all steps
         self.records = self.clipped = self.nonfinite = 0  # for the simulator's eyes
 
     def clip_and_accumulate(self) -> None:
@@ -85,8 +86,9 @@ class CohortDPOptimizer(DPOptimizer):  # type: ignore[misc]
         """Add `noise_multiplier * max_grad_norm` times each client's own normal draw to its sum."""
         deviation = self.noise_multiplier * self.max_grad_norm
         noise = self.noise(self.steps) if deviation > 0 else [torch.zeros(()) for _ in self.params]
-        for parameter, draw in zip(self.params, noise, strict=True):
+        for parameter, draw, drawn in zip(self.params, noise, self.drawn, strict=True):
             parameter.grad = parameter.summed_grad + deviation * draw
+            drawn += deviation * draw / self.lot_size
 
     def scale_grad(self) -> None:
         """Divide by the public lot size."""

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpers.cohort.clients import Clients
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.personal_store import PersonalStore
-from fedpers.methods.base import Plan
+from fedpers.plan import Plan, encodes
 from fedpers.privacy.randomness import order
 from fedpers.tasks.base import Examples
 
@@ -35,15 +36,31 @@ def common(model: CohortModel, arrays: Arrays, adapter: str) -> Kind:
     return Kind(lambda users: model.broadcast(len(users), given), adapter, common=True)
 
 
-def own(model: CohortModel, shared: Arrays, store: PersonalStore, plan: Plan, label: str = "own") -> Kind:
-    """Each user's personal groups on top of the shared arrays."""
+def own(clients: Clients, shared: Arrays, store: PersonalStore) -> Kind:
+    """Each user's own model during the rounds: what the personal state in `store` makes of the shared arrays."""
+
+    def parameters(users: list[int]) -> Parameters:
+        parts = [one for _, one in clients.own(users, shared, store)]
+        return {name: torch.cat([part[name] for part in parts]) for name in clients.model.layers}
+
+    return Kind(parameters, _label(clients.plan, shared, "own"))
+
+
+def finished(model: CohortModel, shared: Arrays, store: PersonalStore, plan: Plan, label: str = "own") -> Kind:
+    """Each user's final model: its groups in `store` on top of the shared arrays, by the model's names."""
     given = {name: torch.from_numpy(np.array(value)) for name, value in shared.items()}
 
     def parameters(users: list[int]) -> Parameters:
         return model.broadcast(len(users), given) | store.read(users)
 
-    at_start = "shared" if shared else "initial"
-    return Kind(parameters, label if "adapter" in plan.personal else at_start)
+    return Kind(parameters, _label(plan, shared, label))
+
+
+def _label(plan: Plan, shared: Arrays, own: str) -> str:
+    """Name what shapes a kind's contexts."""
+    if encodes(plan.personal):
+        return own
+    return "shared" if shared else "initial"
 
 
 def swapped(kind: Kind, partner: Sequence[int]) -> Kind:
@@ -93,10 +110,10 @@ def per_user(records: PerRecord, examples: Examples, users: Sequence[int]) -> li
     ]
 
 
-def shared_metrics(model: CohortModel, users: Sequence[int], shared: Arrays) -> list[dict[str, float]]:
+def shared_metrics(clients: Clients, users: Sequence[int], shared: Arrays) -> list[dict[str, float]]:
     """Metrics of the shared model for each user."""
-    found = measure(model, users, {"global": common(model, shared, "shared")})
-    return per_user(found["global"], model.examples, users)
+    found = measure(clients.model, users, {"global": common(clients.model, clients.layout.common(shared), "shared")})
+    return per_user(found["global"], clients.model.examples, users)
 
 
 def rows(

@@ -27,11 +27,12 @@ def answer(clients: Clients, users: Sequence[int], messages: Sequence[Message], 
         if messages[0].metadata.message_type.startswith("evaluate"):
             # Raw metrics of single users are private; they travel only where nothing is claimed.
             open_metrics = clients.guarantee.unit == "none"
-            found = shared_metrics(clients.model, users, shared) if open_metrics else [{} for _ in users]
+            found = shared_metrics(clients, users, shared) if open_metrics else [{} for _ in users]
             return [wire.metrics_reply(m, one) for m, one in zip(messages, found, strict=True)]
-        replies = clients.train_round(wire.round_of(messages[0]), users, shared)
+        number = wire.round_of(messages[0])
+        replies, allowed = clients.train_round(number, users, shared), clients.layout.up(number)
         return [
-            wire.reply(message, {name: np.array(rows[place]) for name, rows in replies.items()}, clients.shared_names)
+            wire.reply(message, {name: np.array(rows[place]) for name, rows in replies.items()}, allowed)
             for place, message in enumerate(messages)
         ]
     except Exception as error:

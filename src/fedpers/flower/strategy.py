@@ -7,7 +7,7 @@ empty cohort too; the stock strategy then receives one synthetic reply with the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flwr.serverapp.strategy as stock
@@ -17,10 +17,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
+from fedpers.cohort.layout import Layout
 from fedpers.config import Config
 from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.flower import messages as wire
-from fedpers.models.adapters import group_of
+from fedpers.flower.aggregation import Diagnosis, combine, diagnose, serve
+from fedpers.models.adapters import family_of
 from fedpers.privacy.guarantee import Guarantee
 from fedpers.privacy.ledger import Ledger, release_hash
 from fedpers.privacy.ledger_lines import Release
@@ -28,6 +30,7 @@ from fedpers.privacy.randomness import derive, fingerprint
 from fedpers.privacy.sampling import draw
 from fedpers.privacy.spending import check_budget
 from fedpers.privacy.user_level import UserLevelServer
+from fedpers.visit import mean
 
 _OWN = "fedpers"  # of our own state among the stock strategy's, in a checkpoint
 Arrays = dict[str, NDArray[np.float32]]
@@ -45,6 +48,8 @@ class RoundReport:
     median_update_norm: float = float("nan")
     signal: Mapping[str, float] | None = None  # per group, L2 norm of the noise-free mean update
     noise: Mapping[str, float] | None = None
+    diagnosis: Diagnosis | None = None
+    moved: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # mean of the replies less the broadcast
 
 
 class _Sampled:
@@ -69,6 +74,7 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         users: ids of the registered users; node i of the grid acts for users[i].
         ledger: gets a line for every release, before it leaves.
         secret: the server's key of client sampling and user-level noise; never the clients' key.
+        layout: which arrays travel, and the method's server functions.
         first_round: rounds done before (resume); Flower counts from 1, the ledger from the run's start.
     """
 
@@ -79,10 +85,11 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         users: Sequence[str],
         ledger: Ledger,
         secret: bytes,
+        layout: Layout,
         first_round: int = 0,
     ) -> None:
         self.config, self.guarantee, self.users, self.ledger = config, guarantee, users, ledger
-        self.done = first_round
+        self.layout, self.done = layout, first_round
         self.inner = stock_strategy(config)
         self.report: RoundReport | None = None
         self._secret = secret
@@ -118,20 +125,32 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         # Who was asked is charged: a reply that was lost on the way, or came late, was seen by somebody all the same.
         asked = [node - wire.FIRST_NODE for node in self._sampled]
         participants = [message.metadata.src_node_id - wire.FIRST_NODE for message in listed]
-        received = [wire.shared_of(message, self._broadcast) for message in listed]
-        size = wire.nbytes(self._broadcast)
-        self.report = RoundReport(len(listed), bytes_up=size * len(listed), bytes_down=size * len(self._sampled))
+        expected = {name: self._broadcast[name] for name in self.layout.up(number)}
+        received = [wire.shared_of(message, expected) for message in listed]
+        self.report = RoundReport(
+            len(listed),
+            bytes_up=wire.nbytes(expected) * len(listed),
+            bytes_down=wire.nbytes(self._broadcast) * len(self._sampled),
+            moved={n: value - expected[n] for n, value in mean(received).items()} if received else {},
+        )
         if self.guarantee.server_sums:
-            listed = [self._synthetic_reply(number, asked, received)]
+            replies = [self._synthetic_reply(number, asked, received)]
         else:
             self._record(number, asked, participants, received)
-        if not listed:
+            if received and self.layout.plan.method.overrides("combine"):
+                replies = [self._reply(combine(self.layout, received, self._broadcast, number))]
+            else:
+                replies = [self._reply({**self._broadcast, **one}) for one in received]
+        if not replies:
             return None, None
-        arrays, metrics = self.inner.aggregate_train(number, listed)
+        arrays, metrics = self.inner.aggregate_train(number, replies)
         if arrays is None:
             return None, metrics
         # Stock optimizers may compute in fp64; what is broadcast is fp32.
-        return wire.to_record(wire.from_record(arrays), sorted(self._broadcast)), metrics
+        after = serve(self.layout, wire.from_record(arrays), self._broadcast, number)
+        diagnosis = diagnose(self.layout, received, self._broadcast, after, number)
+        self.report = replace(self.report, diagnosis=diagnosis)
+        return wire.to_record(after, sorted(self._broadcast)), metrics
 
     def _planned(self, number: int, participants: Sequence[int]) -> Release:
         """Return the round's ledger line, but for what is released."""
@@ -169,7 +188,8 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
     def _synthetic_reply(self, number: int, asked: Sequence[int], received: Sequence[Arrays]) -> Message:
         """Clip, sum, add noise, divide; the result looks to the stock strategy like one client's reply."""
         honest, server = self.guarantee.honest, self._server()
-        updates = [{name: one[name] - self._broadcast[name] for name in self._broadcast} for one in received]
+        server.shapes = {name: self._broadcast[name].shape for name in self.layout.up(number)}
+        updates = [{name: one[name] - self._broadcast[name] for name in one} for one in received]
         # A reply that is not finite counts as zero, and so its share of the noise is gone.
         whole = sum(all(np.isfinite(array).all() for array in update.values()) for update in updates)
         if honest is not None and whole < honest:
@@ -191,17 +211,20 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
             signal=None if honest else found.signal,  # shares of noise are in these sums already
             noise=None if honest else found.noise,
         )
-        arrays = {name: self._broadcast[name] + found.mean[name] for name in self._broadcast}
+        moved = {name: self._broadcast[name] + mean for name, mean in found.mean.items()}
+        return self._reply({**self._broadcast, **moved})
+
+    def _reply(self, arrays: Arrays) -> Message:
+        """Return what the stock strategy takes for a client's reply, with all that travels down."""
         content = RecordDict(
             {wire.ARRAYS: wire.to_record(arrays, sorted(arrays)), wire.METRICS: MetricRecord({wire.WEIGHT: 1})}
         )
         return Message(content, dst_node_id=wire.FIRST_NODE, message_type=MessageType.TRAIN)
 
     def _server(self) -> UserLevelServer:
-        """Return the state of user-level protection; made once the shapes of the shared arrays are known."""
+        """Return the state of user-level protection."""
         if self._user_level is None:
-            shapes = {name: array.shape for name, array in self._broadcast.items()}
-            self._user_level = UserLevelServer(self.guarantee, shapes, group_of, self._secret)
+            self._user_level = UserLevelServer(self.guarantee, {}, family_of, self._secret)
             if self._restored:
                 self._user_level.load_state(self._restored)
         return self._user_level

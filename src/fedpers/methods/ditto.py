@@ -10,5 +10,7 @@ class Ditto(Method):
     `personal.l2` is its lambda. The own copy is never read when the shared one is trained, so it costs no budget.
     """
 
+    cite = "Li et al., ICML 2021"
+    differs = "from fedavg: each user trains an own copy beside the shared model, pulled toward it"
     scopes = {"adapter": SHARED, "head": SHARED}
     round = (Phase("adapter", "head"), Phase("adapter", "head", own=True))

@@ -10,5 +10,7 @@ class FedAvg(Method):
     Decentralized Data, AISTATS 2017, Algorithm 1. Clients weigh the same here (the number of records is private).
     """
 
+    cite = "McMahan et al., AISTATS 2017"
+    differs = "from local: adapter and head are averaged in every round"
     scopes = {"adapter": SHARED, "head": SHARED}
     round = (Phase("adapter", "head"),)

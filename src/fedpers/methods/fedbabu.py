@@ -10,6 +10,8 @@ class FedBABU(Method):
     Nothing personal moves before the last release, so noise on the adapter alone gives a true record-level claim.
     """
 
+    cite = "Oh, Kim, Yun, ICLR 2022"
+    differs = "from fedper: the head stays at its public value until the last release"
     scopes = {"adapter": SHARED, "head": PERSONAL}
     round = (Phase("adapter"),)
     finish = (Phase("head"),)

@@ -10,5 +10,7 @@ class FedPer(Method):
     Algorithms 1 and 2.
     """
 
+    cite = "Arivazhagan et al., 2019"
+    differs = "from fedavg: the head stays with its user"
     scopes = {"adapter": SHARED, "head": PERSONAL}
     round = (Phase("adapter", "head"),)

@@ -10,5 +10,7 @@ class FedRep(Method):
     ICML 2021, Algorithm 1.
     """
 
+    cite = "Collins et al., ICML 2021"
+    differs = "from fedper: head and adapter are trained one after the other, not in the same steps"
     scopes = {"adapter": SHARED, "head": PERSONAL}
     round = (Phase("head"), Phase("adapter"))

@@ -9,5 +9,7 @@ class Local(Method):
     The baseline that federation has to beat: it is free of privacy cost.
     """
 
+    cite = "baseline"
+    differs = "from fedavg: nothing is shared"
     scopes = {"adapter": PERSONAL, "head": PERSONAL}
     finish = (Phase("adapter", "head"),)

@@ -3,86 +3,235 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import peft
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from fedpers.config import AdapterConfig
+from fedpers.config import FAMILY, GROUPS, AdapterConfig, expand
 from fedpers.errors import ConfigError
 from fedpers.models.backbone import Backbone, public_name
 
 Arrays = Mapping[str, NDArray[np.float32]]
-HEAD = "head."  # arrays of the head are named head.*, all others are PEFT's keys
+SECOND = "second"  # PEFT's name of the second adapter; the first is "default"
+HEAD = "head."
+GATE = "gate.weight"
+STARTS = ("base_model.", HEAD, "norm.", "residual.", "gate.")  # base_model: PEFT's keys
+FACTOR = re.compile(rf"base_model\.(?:.+\.)?lora_([AB])(\.{SECOND})?\.weight")
+BESIDE = {  # what is saved beside PEFT's files, each in a file of this name, and how it is applied
+    SECOND: "the factors of a second adapter of the same configuration, whose output is added; with a gate g the first "
+    "adapter's output is scaled by 1 - g, the second's by g",
+    "gate": "one row over the unit-length vector that the backbone without adapters makes of the input, with a 1 "
+    "appended; g is the link of the product",
+    "residual": "each is added to the frozen weight of the module that its key names, after residual.base_model.model.",
+    "norm": "row 0 is the scale and row 1 the shift of the layer norm that the key names, after norm.base_model.model.",
+}
 
 
-def place(backbone: Backbone, config: AdapterConfig) -> Any:
-    """Put LoRA factors on the top layers of the backbone, in place; returns the PeftModel.
+class Pair(NamedTuple):
+    """The array names of one LoRA module."""
+
+    module: str  # its path in the PeftModel
+    A: str
+    B: str
+    residual: str
+
+
+def place(backbone: Backbone, config: AdapterConfig, extra: Collection[str] = ()) -> Any:
+    """Put LoRA factors on the top layers of the backbone, in place; returns the PeftModel, factors trainable.
+
+    Args:
+        backbone: what is adapted.
+        config: where and how.
+        extra: further groups. A2 or B2: a second adapter beside the first, both active. norm: the layer norms of the
+            adapted layers are trainable. residual: each LoRA layer gets a linear `residual`, zero, whose output is
+            added. gate needs nothing here but the second adapter.
 
     Raises:
-        ConfigError: more layers than the backbone has, or targets it does not know.
+        ConfigError: more layers than the backbone has, targets it does not know, no layer norm where one is to be
+            trained, or extra groups that do not exist or do not fit.
     """
+    wanted = set(expand(extra))
+    second = bool(wanted & {"A2", "B2"})
+    if unknown := sorted(wanted - set(GROUPS)):
+        raise ConfigError(f"extra groups: {', '.join(unknown)} not known; there are {', '.join(GROUPS)}.")
+    if "gate" in wanted and not second:
+        raise ConfigError("extra groups: a gate mixes two adapters; ask for A2 and B2, too.")
     if config.layers > backbone.depth:
         raise ConfigError(f"model.adapter.layers = {config.layers}: the backbone has {backbone.depth} layers.")
+    top = list(backbone.blocks[backbone.depth - config.layers :].modules())
+    targets = _targets(backbone, config, set(top))
+    norms = [module for module in top if _is_norm(module)]
+    if "norm" in wanted and not norms:
+        raise ConfigError(
+            f"model.backbone {backbone.name!r}: no layer norm with scale and shift in the top {config.layers} layers, "
+            "so no method can train norms; choose a BERT-like encoder or another method."
+        )
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property under its old name; nothing of ours depends on it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model = peft.get_peft_model(backbone.model, _lora(config, targets))
+        if second:
+            model.add_adapter(SECOND, _lora(config, targets))
+            model.base_model.set_adapter(["default", SECOND])  # PeftModel.set_adapter takes one name only
+    model.peft_config["default"].base_model_name_or_path = public_name(backbone.name)
+    if "norm" in wanted:
+        for module in norms:
+            module.requires_grad_(True)
+    if "residual" in wanted:
+        for layer in lora_layers(model):
+            layer.residual = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            nn.init.zeros_(layer.residual.weight)
+            layer.register_forward_hook(_add_residual)
+    return model
+
+
+def _targets(backbone: Backbone, config: AdapterConfig, top: set[nn.Module]) -> list[str]:
     # Full module names: PEFT's own way to pick layers knows the layer lists of some architectures only.
-    top = set(backbone.blocks[backbone.depth - config.layers :].modules())
     linears = {name for name, module in backbone.model.named_modules() if module in top and _is_linear(module)}
-    targets = sorted(name for name in linears if name.rpartition(".")[2] in config.targets)
     known = {name.rpartition(".")[2] for name in linears}
     if unknown := sorted(set(config.targets) - known):
         raise ConfigError(
             f"model.adapter.targets = {list(config.targets)}: {', '.join(unknown)} not found in the top layers; linear "
             f"layers there: {', '.join(sorted(known))}."
         )
-    lora = peft.LoraConfig(
+    return sorted(name for name in linears if name.rpartition(".")[2] in config.targets)
+
+
+def _lora(config: AdapterConfig, targets: list[str]) -> Any:
+    return peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, bias="none", target_modules=targets
     )  # fmt: skip
-    with warnings.catch_warnings():
-        # PEFT asks transformers for a property under its old name; nothing of ours depends on it.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = peft.get_peft_model(backbone.model, lora)
-    model.peft_config["default"].base_model_name_or_path = public_name(backbone.name)
-    return model
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def _is_norm(module: nn.Module) -> bool:
+    if type(module) is not nn.LayerNorm or len(module.normalized_shape) != 1:
+        return False
+    return dict(module.named_parameters()).keys() == {"weight", "bias"}
+
+
+def _add_residual(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    total: Tensor = output + layer.residual(args[0])
+    return total
+
+
+def lora_layers(model: Any) -> list[Any]:
+    """Return PEFT's layers of a model, each with a base layer and the factors of all adapters."""
+    return [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+
+
 def array_name(module: str) -> str:
-    """Return the key of a LoRA layer's weight in PEFT's adapter file, from its module name in the PeftModel."""
-    return f"{module.removesuffix('.default')}.weight"
+    """Return the array name of a layer from its module name in the PeftModel.
+
+    For a LoRA factor it is the key in PEFT's adapter file, with the second adapter's name kept.
+    """
+    if module.endswith(".residual"):
+        return f"residual.{module.removesuffix('.residual')}.weight"
+    if ".lora_" in module:
+        return f"{module.removesuffix('.default')}.weight"
+    return f"norm.{module}.weight"
+
+
+def base_name(name: str) -> str:
+    """Strip what an array's companion, such as `control.<name>` or `cluster3.<name>`, has before the array's name."""
+    rest = name.partition(".")[2]
+    return rest if rest.startswith(STARTS) and not name.startswith(STARTS) else name
 
 
 def group_of(name: str) -> str:
-    """Return the parameter group, "head" or "adapter", of an array."""
-    return "head" if name.startswith(HEAD) else "adapter"
+    """Return the parameter group, one of config.GROUPS, of an array or of a companion of it; shapes play no part.
+
+    Raises:
+        ConfigError: a name that no model gives.
+    """
+    base = base_name(name)
+    for group in ("head", "norm", "residual", "gate"):
+        if base.startswith(f"{group}."):
+            return group
+    if found := FACTOR.fullmatch(base):
+        return found[1] + ("2" if found[2] else "")
+    raise ConfigError(f"array {name!r}: belongs to no parameter group; names start with {', '.join(STARTS)}.")
+
+
+def family_of(name: str) -> str:
+    """Return what a configuration calls the array's group: adapter, norm or head."""
+    return FAMILY[group_of(name)]
+
+
+def second(name: str) -> str:
+    """Return the second adapter's array in the place of one of the first's."""
+    return f"{name.removesuffix('.weight')}.{SECOND}.weight"
+
+
+def rank_index(name: str, factor: Tensor) -> Tensor:
+    """Number a factor's ranks, along the rows of an A and the columns of a B; broadcasts to (clients, out, in)."""
+    axis = 1 if group_of(name) == "A" else 2
+    index = torch.arange(factor.shape[axis])
+    return index[None, :, None] if axis == 1 else index[None, None, :]
+
+
+def pairs(names: Iterable[str]) -> list[Pair]:
+    """Return the LoRA modules of which at least one factor of the first adapter is among `names`, sorted.
+
+    The names in a pair are base names, whether or not they are among `names`: a method may share one factor only.
+    """
+    bases = [base_name(name) for name in names]
+    modules = {base.rpartition(".lora_")[0] for base in bases if group_of(base) in {"A", "B"}}
+    return [Pair(m, f"{m}.lora_A.weight", f"{m}.lora_B.weight", f"residual.{m}.weight") for m in sorted(modules)]
 
 
 def save(directory: Path, arrays: Arrays, lora: Any | None, head: Mapping[str, object]) -> None:
     """Write PEFT's adapter_config.json and adapter_model.safetensors, and a head with a JSON that says how to apply it.
 
-    `peft.PeftModel.from_pretrained` loads the directory without fedpers.
+    `peft.PeftModel.from_pretrained` loads the directory without fedpers. What PEFT's files cannot hold (BESIDE) lies
+    beside the head, and its JSON says how it is applied.
+
+    Raises:
+        ConfigError: one factor of a LoRA module without the other, factors without `lora`, or companions of arrays.
     """
+    if others := sorted(name for name in arrays if base_name(name) != name):
+        raise ConfigError(f"arrays {', '.join(others)}: no part of a model, so they cannot be saved with one.")
+    parts: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for name, array in arrays.items():
+        parts.setdefault(_part(name), {})[name] = np.ascontiguousarray(array)
+    adapter, heads = parts.pop("adapter", {}), parts.pop("head", {})
     directory.mkdir(parents=True, exist_ok=True)
-    adapter = {name: np.ascontiguousarray(a) for name, a in arrays.items() if group_of(name) == "adapter"}
-    if lora is not None and adapter:
+    if adapter:
+        missing = {name for pair in pairs(adapter) for name in (pair.A, pair.B)} - set(adapter)
+        if lora is None or missing:
+            lacks = "its LoRA configuration" if lora is None else ", ".join(sorted(missing))
+            raise ConfigError(f"{directory}: an adapter without {lacks} cannot be saved; PEFT could not load it.")
         lora.save_pretrained(str(directory))
         save_file(adapter, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    heads = {name: np.ascontiguousarray(a) for name, a in arrays.items() if group_of(name) == "head"}
+    for part, group in parts.items():
+        save_file(group, directory / f"{part}.safetensors")
     save_file(heads, directory / "head.safetensors")
-    (directory / "head.json").write_text(json.dumps(head, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps({**head, **{part: BESIDE[part] for part in parts}}, indent=2, sort_keys=True)
+    (directory / "head.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _part(name: str) -> str:
+    group = group_of(name)
+    return {"A": "adapter", "B": "adapter", "A2": SECOND, "B2": SECOND}.get(group, group)
 
 
 def load(directory: Path) -> dict[str, NDArray[np.float32]]:
     """Read the arrays that `save` wrote."""
     arrays: dict[str, NDArray[np.float32]] = dict(load_file(directory / "head.safetensors"))
-    if (directory / "adapter_model.safetensors").exists():
-        arrays.update(load_file(directory / "adapter_model.safetensors"))
+    for part in ("adapter_model", *BESIDE):
+        path = directory / f"{part}.safetensors"
+        if path.exists():
+            arrays.update(load_file(path))
     return arrays

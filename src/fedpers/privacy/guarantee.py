@@ -13,11 +13,12 @@ import numpy as np
 
 from fedpers.config import Config, Trust, Unit
 from fedpers.errors import ConfigError
-from fedpers.methods.base import PERSONAL, Plan
+from fedpers.methods.base import PERSONAL
+from fedpers.plan import HALVES, Plan, alias
 from fedpers.privacy.accounting import calibrate, calibrate_gaussian
 from fedpers.privacy.adaptive_clip import AdaptiveClip, split_noise
 from fedpers.privacy.claim import check_delta
-from fedpers.privacy.dataflow import feedback
+from fedpers.privacy.dataflow import feedback, memories
 from fedpers.privacy.ledger_lines import (
     ADD_REMOVE,
     REPLACE_ONE,
@@ -300,22 +301,32 @@ def _forecast_scale(config: Config, users: int) -> float:
 
 
 def _phase_steps(plan: Plan, steps: int) -> tuple[int, int]:
-    """Noised steps of a round on the records behind the shared part, and on those behind personal groups alone."""
-    noised = [plan.half(phase) for phase in plan.round if plan.protected(phase)]
-    head = noised.count("head")
-    return steps * (len(noised) - head), steps * head
+    """Noised steps of a round on the records behind the shared part, and on those behind personal groups alone; where
+    rounds differ, the most.
+    """
+    shared, head = 0, 0
+    for number in range(plan.turns):
+        noised = [phase for phase in plan.round if phase.on(number) and plan.protected(phase)]
+        counts = {half: sum(2 if p.inner else 1 for p in noised if plan.half(p) == half) for half in HALVES}
+        shared, head = max(shared, counts["all"] + counts["shared"]), max(head, counts["head"])
+    return steps * shared, steps * head
 
 
 def _covered(plan: Plan) -> bool:
     """Whether a personal model is a function of noised values alone."""
-    return plan.head in {"joint", "split-dp"} and not plan.finish and not plan.twins
+    later = plan.finish or plan.twins or plan.method.overrides("home")  # which may read records
+    return plan.head in {"joint", "split-dp"} and not later
 
 
 def _head_policy(plan: Plan, unit: Unit) -> str:
-    personal, fed = " and ".join(plan.groups(PERSONAL)), " and ".join(feedback(plan))
-    beside = f"; own copies of {' and '.join(plan.twins)} without noise beside it" if plan.twins else ""
+    personal = alias(plan.groups(PERSONAL))
+    feeding = set(feedback(plan)) & set(plan.groups(PERSONAL))
+    fed = f"personal {alias(feedback(plan))}" if feeding else f"own copies of {alias(feedback(plan))}"
+    beside = f"; own copies of {alias(plan.twins)} without noise beside it" if plan.twins else ""
     if not plan.shared:
         return "nothing is shared"
+    if plan.method.unclaimable:
+        return f"nothing can be claimed of this method: {plan.method.unclaimable}"
     if plan.head == "joint" and unit == "record":
         return f"personal {personal} under the same clipping and noise as the shared part; never sent{beside}"
     if plan.head == "split-dp" and unit == "record":
@@ -323,11 +334,18 @@ def _head_policy(plan: Plan, unit: Unit) -> str:
             f"personal {personal} under noise on one half of the records, the shared on the other; never sent{beside}"
         )
     if plan.head == "split":
-        return f"personal {fed} without noise on one half of the records, the shared part on the other; never sent"
-    if fed:
-        return f"personal {fed} without noise, feeding the shared part; never sent"
+        return f"personal {personal} without noise on one half of the records, the shared part on the other; never sent"
+    moving = any(set(phase.train) & set(plan.groups(PERSONAL)) for phase in plan.round)
+    if feedback(plan):
+        return f"{fed} without noise, feeding the shared part; never sent"
+    if held := memories(plan):
+        return f"{alias(held)} from earlier rounds, feeding the shared part; never sent as they are"
+    if plan.method.clusters:
+        return "each user's choice among the shared models, feeding the one it falls on; never sent"
     if plan.twins:
-        return f"own copies of {' and '.join(plan.twins)} beside the shared ones, read by nothing that is sent"
-    if plan.personal:
-        return f"personal {' and '.join(plan.personal)} trained after the last release only; never sent"
+        return f"own copies of {alias(plan.twins)} beside the shared ones, read by nothing that is sent"
+    if moving:
+        return f"personal {personal} without noise, read by nothing that is sent"
+    if late := tuple(dict.fromkeys(group for phase in plan.finish for group in phase.train)):
+        return f"personal {alias(late)} trained after the last release only; never sent"
     return "no personal state"

@@ -9,8 +9,9 @@ import math
 
 from fedpers.config import Config
 from fedpers.errors import ConfigError, PrivacyRefusal
-from fedpers.methods.base import Plan
-from fedpers.privacy.dataflow import feedback, leaks
+from fedpers.methods.base import PERSONAL
+from fedpers.plan import Plan, alias
+from fedpers.privacy.dataflow import feedback, leaks, memories
 
 # Strategies that see only the mean of the replies; under user-level noise they are post-processing of that mean.
 OF_THE_MEAN = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
@@ -27,6 +28,7 @@ def check_setup(config: Config, plan: Plan) -> None:
     """
     _check_accountant(config)
     _check_strategy(config)
+    _check_method(config, plan)
     _check_feedback(config, plan)
     _check_sampling(config, plan)
     _check_options(config)
@@ -80,6 +82,39 @@ def _check_strategy(config: Config) -> None:
         )
 
 
+def _check_method(config: Config, plan: Plan) -> None:
+    """What a method does beyond its phases, and who may see it."""
+    method, privacy, name = plan.method, config.privacy, plan.name
+    if method.unclaimable and privacy.unit != "none":
+        raise PrivacyRefusal(
+            f"method {name!r} with privacy.unit={privacy.unit} is refused: {method.unclaimable}; no noise that is "
+            "planned here covers that. Set privacy.unit=none, or choose another method (`fedpers methods`)."
+        )
+    if method.overrides("combine") and server_sums(config):
+        out = "leave privacy.clip out" if privacy.unit == "none" else "let clients protect what they send"
+        ways = "" if privacy.unit == "none" else " (privacy.trust=user-local, or privacy.unit=record)"
+        raise PrivacyRefusal(
+            f"method {name!r} is refused: its server step looks at single replies, but with privacy.clip and trust "
+            f"{privacy.trusted} the server goes on from one clipped and noised mean alone; {out}{ways}."
+        )
+    if (method.overrides("combine", "serve") or method.travels) and config.server.strategy != "FedAvg":
+        raise ConfigError(
+            f"server.strategy = {config.server.strategy!r}: method {name!r} has a server step of its own, which goes "
+            "on from the plain mean; leave server.strategy out (FedAvg)."
+        )
+    if method.sgd and "adam" in {config.local.optimizer, config.personal.optimizer}:
+        raise ConfigError(
+            f"method {name!r} is for plain gradient steps; set local.optimizer=sgd and personal.optimizer=sgd."
+        )
+    if method.everyone and config.client_rate < 1:
+        raise ConfigError(f"method {name!r} needs every client in every round; set client_rate=1.")
+    if plan.turns > 1 and privacy.mechanism == "banded":
+        raise ConfigError(
+            f"privacy.mechanism=banded: method {name!r} sends other arrays from round to round, and correlated noise "
+            "needs the same; leave privacy.mechanism out."
+        )
+
+
 def _check_feedback(config: Config, plan: Plan) -> None:
     """R1 and R2: noise on the shared part covers nothing that flows through state trained without noise."""
     unit, head = config.privacy.unit, config.privacy.head
@@ -94,17 +129,23 @@ def _check_feedback(config: Config, plan: Plan) -> None:
         return
     path = " -> ".join(str(state) for state in leaks(plan)[0])
     groups = feedback(plan)
-    heads = " and ".join(groups)
+    if not set(groups) & set(plan.groups(PERSONAL)):
+        raise PrivacyRefusal(
+            f"method {plan.name!r} with privacy.unit=record is refused ({path}): the noise on a client's steps "
+            "does not cover this way from the records into what is sent: one record could change it by more than is "
+            "claimed. Protect whole users, where the whole of what a client sends is clipped: privacy.unit=user."
+        )
+    heads = alias(groups)
     if head == "split":
         raise PrivacyRefusal(
             f"method {plan.name!r} with privacy.head=split and privacy.unit=record is refused ({path}): noise protects "
-            f"only the half of the records that the shared {' and '.join(plan.shared)} is trained on; the half behind "
+            f"only the half of the records that the shared {alias(plan.shared)} is trained on; the half behind "
             f"the {heads} gets no guarantee at all. Train that half under noise, too: privacy.head=split-dp."
         )
     babu = ", or method=fedbabu" if groups == ("head",) else ""
     raise PrivacyRefusal(
         f"method {plan.name!r} with privacy.unit=record is refused ({path}): the personal {heads} is trained without "
-        f"noise on the same records and feeds the gradients of the shared {' and '.join(plan.shared)}, so one record "
+        f"noise on the same records and feeds the gradients of the shared {alias(plan.shared)}, so one record "
         "changes the gradients of all the others and the true epsilon is far above the claimed one. Three sound ways "
         f"out: (1) keep the {heads} at its public value until the last release: privacy.head=frozen{babu}; (2) train "
         f"the {heads} under the same clipping and noise: privacy.head=joint, or method=fedavg-finetune, which tunes a "
@@ -123,9 +164,9 @@ def _check_sampling(config: Config, plan: Plan) -> None:
             "are known beforehand, without amplification; set client_sampling=cyclic, or client_rate=1."
         )
     fixed = sampling == "fixed" and config.client_rate < 1
-    if privacy.trusted == "user-central" and fixed and feedback(plan):
+    if privacy.trusted == "user-central" and fixed and memories(plan):
         raise PrivacyRefusal(
-            f"client_sampling=fixed with method {plan.name!r}: the personal {' and '.join(feedback(plan))} of the "
+            f"client_sampling=fixed with method {plan.name!r}: {alias(memories(plan))} of the "
             "others remembers when they were drawn, and with a fixed number of places that tells who else was, so the "
             "drawing is no longer secret; set client_sampling=poisson, where every coin is its own."
         )
