@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpers.config import Config, load_config
+    from fedpers.registry import register
     from fedpers.simulation import Run, simulate
 
-__all__ = ["Config", "Run", "load_config", "simulate"]
+__all__ = ["Config", "Run", "load_config", "register", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from fedpers import simulation
 
         return getattr(simulation, name)
+    if name == "register":
+        from fedpers import registry
+
+        return registry.register
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

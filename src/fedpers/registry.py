@@ -2,7 +2,8 @@
 
 A built-in entry is a module of its package (`fedavg-finetune` lives in `methods/fedavg_finetune.py`) with one subclass
 of the base class. A third-party package adds one with a Python entry point in the group `fedpers.methods`,
-`fedpers.tasks` or `fedpers.data` that points at such a class. Adding an entry edits no other file.
+`fedpers.tasks` or `fedpers.data` that points at such a class. Adding an entry edits no other file. A class that lives
+in a notebook or a script is added by `register`, for as long as the process runs.
 """
 
 from __future__ import annotations
@@ -11,37 +12,65 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from importlib.metadata import entry_points
+import re
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from fedpers.errors import ConfigError
 
+KEYS = {"methods": "method", "tasks": "task.name", "data": "data.name"}  # where the configuration names an entry
+BASES = {"methods": "Method", "tasks": "Task", "data": "Source"}  # each in the module `base` of its package
+_registered: dict[tuple[str, str], type] = {}  # by kind and name
+
+T = TypeVar("T")
+
 
 def names(kind: str) -> list[str]:
     """Return the sorted names of all entries of a kind ("methods", "tasks" or "data")."""
-    package = importlib.import_module(f"fedpers.{kind}")
-    built_in = {m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name not in {"base"}}
-    return sorted(built_in | {point.name for point in entry_points(group=f"fedpers.{kind}")})
+    registered = {name for of, name in _registered if of == kind}
+    return sorted(_built_in(kind) | registered | {point.name for point in entry_points(group=f"fedpers.{kind}")})
 
 
-T = TypeVar("T")
-KEYS = {"methods": "method", "tasks": "task.name", "data": "data.name"}  # where the configuration names an entry
+def register(name: str, entry: type, kind: str = "methods") -> None:
+    """Let configurations in this process use a class under a name, such as a method defined in a notebook.
+
+    A class replaces an earlier one of the same name and module, so that a notebook's cell can be run again.
+
+    Args:
+        name: small letters, digits and hyphens.
+        entry: a subclass of `Method`, `Task` or `Source`.
+        kind: "methods", "tasks" or "data".
+
+    Raises:
+        ConfigError: a kind that does not exist, a class that is not of the kind, a name that cannot be one, or one that
+            something else has.
+    """
+    if kind not in BASES:
+        raise ConfigError(f"register({name!r}): kind = {kind!r}; expected one of {', '.join(BASES)}.")
+    base = getattr(importlib.import_module(f"fedpers.{kind}.base"), BASES[kind])
+    if not (isinstance(entry, type) and issubclass(entry, base)):
+        raise ConfigError(f"register({name!r}): expected a subclass of {BASES[kind]}, found {entry!r}.")
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise ConfigError(f"register({name!r}): a name is small letters and digits with hyphens between, as my-method.")
+    before = _registered.get((kind, name))
+    same = before is not None and (before.__module__, before.__qualname__) == (entry.__module__, entry.__qualname__)
+    if not same and name in names(kind):
+        raise ConfigError(f"register({name!r}): another of fedpers.{kind} has this name; choose a new one.")
+    _registered[kind, name] = entry
 
 
 def find(kind: str, name: str, base: type[T]) -> type[T]:
     """Return the subclass of `base` registered under `name`.
 
     Raises:
-        ConfigError: no such entry (with the nearest name), or an entry that is not a subclass of `base`.
+        ConfigError: no such entry (with the nearest name), one that cannot be loaded, or one that is not a subclass of
+            `base`.
     """
+    if (kind, name) in _registered and issubclass(_registered[kind, name], base):
+        return _registered[kind, name]
     for point in entry_points(group=f"fedpers.{kind}"):
         if point.name == name:
-            found: object = point.load()
-            if not (isinstance(found, type) and issubclass(found, base)):
-                raise ConfigError(
-                    f"entry point {point.value} of fedpers.{kind}: expected a subclass of {base.__name__}."
-                )
-            return found
+            return _load(kind, point, base)
     known = names(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
@@ -59,3 +88,24 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
     if len(found) != 1:
         raise ConfigError(f"{module.__name__}: expected one subclass of {base.__name__}, found {len(found)}.")
     return found[0]
+
+
+def _built_in(kind: str) -> set[str]:
+    package = importlib.import_module(f"fedpers.{kind}")
+    return {module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__) if module.name != "base"}
+
+
+def _load(kind: str, point: EntryPoint, base: type[T]) -> type[T]:
+    """Load a third party's class; whatever is wrong with it is told with the name of its entry point."""
+    where = f"entry point {point.name} = {point.value} of fedpers.{kind}"
+    if point.name in _built_in(kind):
+        raise ConfigError(f"{where}: fedpers itself has this name, and which of both ran would be a guess; rename it.")
+    try:
+        found: object = point.load()
+    except SyntaxError as error:
+        raise ConfigError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}; mend it there.") from error
+    except (ConfigError, ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{where}: expected a subclass of {base.__name__}, found {found!r}.")
+    return found
