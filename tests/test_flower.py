@@ -34,7 +34,7 @@ from fedpers.flower.client_app import make_client_app
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, stock_strategy
 from fedpers.methods.base import PERSONAL, SHARED
-from fedpers.models.adapters import base_name
+from fedpers.models.array_names import base_name
 from fedpers.privacy import user_level
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import uniforms

@@ -25,7 +25,7 @@ from fedpers.config import ALIASES, FAMILY, GROUPS, AdapterConfig, Config
 from fedpers.data.base import load as load_data
 from fedpers.errors import ConfigError
 from fedpers.models import adapters
-from fedpers.models.adapters import Pair, base_name, family_of, group_of, pairs
+from fedpers.models.array_names import Pair, base_name, family_of, group_of, pairs
 from fedpers.models.backbone import Backbone, pool
 from fedpers.privacy.randomness import seed_key
 from fedpers.tasks.reply_ranking import ReplyRanking

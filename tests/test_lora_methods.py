@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fedpers.cohort.clients import Clients
 from fedpers.config import Config
-from fedpers.models.adapters import Pair, pairs
+from fedpers.models.array_names import Pair, pairs
 from fedpers.privacy.randomness import seed_key, uniforms
 from fedpers.simulation import simulate
 from test_method_properties import (

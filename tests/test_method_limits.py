@@ -19,7 +19,7 @@ from fedpers.cohort.model import Parameters
 from fedpers.config import Config
 from fedpers.experiment import Reuse, prepare
 from fedpers.methods.base import Method
-from fedpers.models.adapters import family_of
+from fedpers.models.array_names import family_of
 from fedpers.registry import find, names
 from fedpers.tasks.base import Examples
 from test_method_properties import KEY, alike, assert_close, home, kept, last, listed, make, own, play, scores

@@ -29,7 +29,7 @@ from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
 from fedpers.methods.base import FROZEN, SHARED, Method
-from fedpers.models.adapters import base_name
+from fedpers.models.array_names import base_name
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import secret_key
 from fedpers.registry import find, names

@@ -29,7 +29,7 @@ from fedpers.flower.aggregation import combine, serve
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy
 from fedpers.methods.base import FROZEN, PERSONAL, SHARED, Method, Phase
-from fedpers.models.adapters import base_name, family_of
+from fedpers.models.array_names import base_name, family_of
 from fedpers.plan import Plan
 from fedpers.privacy.dataflow import feedback, memories
 from fedpers.privacy.ledger import Ledger

@@ -29,7 +29,7 @@ from fedpers.experiment import Experiment, Reuse, build_model, method_plan, prep
 from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
-from fedpers.models.adapters import family_of
+from fedpers.models.array_names import family_of
 from fedpers.plan import Plan
 from fedpers.privacy.dataflow import leaks
 from fedpers.privacy.ledger import Ledger

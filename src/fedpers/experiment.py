@@ -21,6 +21,7 @@ from fedpers.evaluation.models import swap_partners
 from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import Method
 from fedpers.models import adapters
+from fedpers.models.array_names import HEAD, array_name, family_of, group_of
 from fedpers.models.backbone import Backbone
 from fedpers.plan import Plan, encodes, plan
 from fedpers.privacy.claim import METRICS, TUNING
@@ -162,18 +163,18 @@ def check_separate(model: CohortModel) -> None:
 def shared_sizes(experiment: Experiment) -> dict[str, int]:
     """How many numbers of each shared family a client sends in a round; loads the backbone, computes nothing."""
     backbone, plan = Backbone(experiment.config.model.backbone), experiment.plan
-    shapes = {f"{adapters.HEAD}{n}": p.numel() for n, p in experiment.task.head(backbone.width).named_parameters()}
+    shapes = {f"{HEAD}{n}": p.numel() for n, p in experiment.task.head(backbone.width).named_parameters()}
     if encodes(plan.shared):
         lora = adapters.place(backbone, experiment.config.model.adapter, plan.beyond)
         layers = to_cohort(lora, Owners())
-        shapes |= {adapters.array_name(name): layer.weight[0].numel() for name, layer in layers.items()}
+        shapes |= {array_name(name): layer.weight[0].numel() for name, layer in layers.items()}
     sizes: dict[str, int] = {}
     copies = 1 + len(plan.method.travels)
     if plan.method.clusters:
         copies = int(plan.options[plan.method.clusters])
     for name, size in shapes.items():
-        if adapters.group_of(name) in plan.sent(1):
-            family = adapters.family_of(name)
+        if group_of(name) in plan.sent(1):
+            family = family_of(name)
             sizes[family] = sizes.get(family, 0) + copies * size
     return sizes
 

@@ -19,7 +19,7 @@ from fedpers.experiment import Experiment
 from fedpers.flower import messages as wire
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
-from fedpers.models.adapters import family_of
+from fedpers.models.array_names import family_of
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import fingerprint
 from fedpers.privacy.spending import BudgetSpent, spent

@@ -18,6 +18,7 @@ from fedpers.cohort.linear import CohortLinear, Layer, Owners, to_cohort
 from fedpers.cohort.prefix_cache import Embedded, Prefix, Progress
 from fedpers.config import Config, expand
 from fedpers.models import adapters
+from fedpers.models.array_names import GATE, HEAD, SECOND, array_name, group_of
 from fedpers.models.backbone import Backbone, Tokens, pool, public_name
 from fedpers.privacy.randomness import generator
 from fedpers.tasks.base import Examples, Task, gather
@@ -102,9 +103,9 @@ class CohortModel(nn.Module):
             self.frozen_contexts = donor.all_contexts(rows, np.zeros_like(rows))
         self.head = task.head(backbone.width)
         for name, layer in to_cohort(self.head, self.owners).items():
-            layers[f"{adapters.HEAD}{name}.weight"] = layer
+            layers[f"{HEAD}{name}.weight"] = layer
         self.layers = dict(sorted(layers.items()))
-        self.group = {name: adapters.group_of(name) for name in self.layers}
+        self.group = {name: group_of(name) for name in self.layers}
         self.initial = {name: self._initial(name, layer, key) for name, layer in self.layers.items()}
         # Opacus needs train mode, but only where something trains: a frozen layer with batch statistics would let one
         # record shape what is computed for another.
@@ -125,12 +126,12 @@ class CohortModel(nn.Module):
         self.lora = placed.peft_config["default"]
         self.lora_layers = adapters.lora_layers(placed)
         self.encoder = backbone.model
-        layers = {adapters.array_name(name): layer for name, layer in to_cohort(placed, self.owners).items()}
+        layers = {array_name(name): layer for name, layer in to_cohort(placed, self.owners).items()}
         if "gate" in extra:
             self.gate = CohortLinear(backbone.width + 1, 1, self.owners)  # the last input is 1
-            layers[adapters.GATE] = self.gate
+            layers[GATE] = self.gate
         for name, layer in layers.items():
-            layer.weight.requires_grad_(adapters.group_of(name) != "residual")
+            layer.weight.requires_grad_(group_of(name) != "residual")
         return layers
 
     def _initial(self, name: str, layer: Layer, key: bytes) -> Tensor:
@@ -189,7 +190,7 @@ class CohortModel(nn.Module):
 
     def _scale(self, first: Tensor | float, second: Tensor | float) -> None:
         for layer in self.lora_layers:
-            layer.scaling.update({"default": first, adapters.SECOND: second})
+            layer.scaling.update({"default": first, SECOND: second})
 
     def scores(self, contexts: Tensor, rows: Index, owners: Tensor) -> Tensor:
         """Apply the owners' heads: scores (records, candidates)."""
@@ -213,7 +214,7 @@ class CohortModel(nn.Module):
         Where some factors of the first adapter are given, the others are written at their public initial values, or
         PEFT could not load them.
         """
-        if any(adapters.group_of(name) in {"A", "B"} for name in arrays):
+        if any(group_of(name) in {"A", "B"} for name in arrays):
             arrays = {**{name: first.numpy() for name, first in self.initial_of(["adapter"]).items()}, **arrays}
         description = {
             "task": type(self.task).__name__,
@@ -222,6 +223,6 @@ class CohortModel(nn.Module):
             "apply": (self.head.__doc__ or "").strip().partition("\n")[0],
             "scale": self.task.config.scale,
         }
-        if adapters.GATE in arrays:
+        if GATE in arrays:
             description["link"] = self.link
         adapters.save(directory, arrays, self.lora, description)

@@ -12,7 +12,7 @@ from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.visits import clone, repeat
 from fedpers.config import TrainConfig
 from fedpers.methods.base import Phase
-from fedpers.models.adapters import GATE
+from fedpers.models.array_names import GATE
 from fedpers.plan import Plan
 from fedpers.visit import Visit
 

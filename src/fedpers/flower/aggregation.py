@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.cohort.layout import Layout
-from fedpers.models.adapters import Pair, pairs
+from fedpers.models.array_names import Pair, pairs
 from fedpers.models.lora_algebra import aggregation_error, effective_rank
 from fedpers.visit import Arrays
 

@@ -22,7 +22,7 @@ from fedpers.config import Config
 from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.flower import messages as wire
 from fedpers.flower.aggregation import Diagnosis, combine, diagnose, serve
-from fedpers.models.adapters import family_of
+from fedpers.models.array_names import family_of
 from fedpers.privacy.guarantee import Guarantee
 from fedpers.privacy.ledger import Ledger, release_hash
 from fedpers.privacy.ledger_lines import Release

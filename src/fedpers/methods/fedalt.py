@@ -1,7 +1,7 @@
 """An own adapter beside the mean of everybody else's."""
 
 from fedpers.methods.base import PERSONAL, SHARED, Method, Phase
-from fedpers.models.adapters import pairs, second
+from fedpers.models.array_names import pairs, second
 from fedpers.visit import Visit
 
 

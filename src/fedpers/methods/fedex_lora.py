@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.methods.base import SHARED, Method, Phase
-from fedpers.models.adapters import pairs
+from fedpers.models.array_names import pairs
 from fedpers.models.lora_algebra import mean_product
 from fedpers.visit import Arrays, Service, mean
 

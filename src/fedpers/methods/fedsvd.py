@@ -1,7 +1,7 @@
 """LoRA with a first factor that the server keeps orthonormal."""
 
 from fedpers.methods.base import SHARED, Method, Phase
-from fedpers.models.adapters import pairs
+from fedpers.models.array_names import pairs
 from fedpers.models.lora_algebra import orthonormal_factors
 from fedpers.visit import Arrays, Service
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fedpers.methods.base import SHARED, Method, Phase
-from fedpers.models.adapters import group_of, pairs, rank_index
+from fedpers.models.array_names import group_of, pairs, rank_index
 from fedpers.visit import Arrays, Service, Tensors, Visit, mean
 
 

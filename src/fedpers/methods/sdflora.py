@@ -3,7 +3,7 @@
 import numpy as np
 
 from fedpers.methods.base import PERSONAL, SHARED, Method, Phase
-from fedpers.models.adapters import pairs
+from fedpers.models.array_names import pairs
 from fedpers.models.lora_algebra import truncate
 from fedpers.visit import Arrays, Service, mean
 
