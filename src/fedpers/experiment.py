@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from fedpers.cohort.batching import Index
 from fedpers.cohort.linear import Owners, to_cohort
 from fedpers.cohort.model import CohortModel
+from fedpers.cohort.rows import check_rows
 from fedpers.config import Config, result_text
 from fedpers.data import Federation, load
 from fedpers.errors import DataError, PrivacyRefusal
@@ -132,6 +135,13 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
         )
     if experiment.guarantee.unit != "none":
         check_separate(reuse.models[key])
+        check_rows(experiment.plan, reuse.models[key], config)
+        if config.privacy.secret is not None and not _source(experiment.plan.method):
+            raise PrivacyRefusal(
+                f"privacy.secret with method {experiment.plan.name!r}: no file defines it, so a changed version could "
+                "not be told from this one and would draw the same noise; leave privacy.secret out, or put the method "
+                "into a file."
+            )
     return reuse.models[key]
 
 
@@ -189,6 +199,8 @@ def identity(experiment: Experiment, model: CohortModel) -> str:
     for part in (examples.users, examples.ids, examples.inputs, examples.texts):
         digest.update(repr(part).encode())
     digest.update(examples.candidates.tobytes())
+    for kind in (experiment.plan.method, type(experiment.task)):
+        digest.update(_source(kind).encode())
     for rows in examples.train:
         digest.update(len(rows).to_bytes(8, "little") + rows.tobytes())
     plan = experiment.plan
@@ -197,6 +209,14 @@ def identity(experiment: Experiment, model: CohortModel) -> str:
     table = [scopes, len(plan.round), phases, plan.head, sorted(plan.options.items()), plan.method.functions()]
     parts = [result_text(experiment.config), table, digest.hexdigest(), model.fingerprint]
     return json.dumps([*parts, version("fedpers")])
+
+
+def _source(kind: type) -> str:
+    """Return the text of the file that defines a class; of one that no file defines, as in a notebook, nothing."""
+    try:
+        return inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError):
+        return ""
 
 
 def _json(config: Config, *sections: str) -> str:

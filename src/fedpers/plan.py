@@ -46,7 +46,7 @@ class Plan:
     @property
     def turns(self) -> int:
         """After how many rounds what is sent repeats itself."""
-        return max((phase.turn[1] for phase in self.round), default=1)
+        return math.lcm(*(phase.turn[1] for phase in self.round))
 
     @property
     def personal(self) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ PUBLIC_ADAPTERS = (  # of shared arrays, in adapters/shared and, for a method wi
     "adapter_config.json",
     "adapter_model.safetensors",
     "residual.safetensors",
+    "second.safetensors",
+    "gate.safetensors",
     "norm.safetensors",
     "head.json",
     "head.safetensors",

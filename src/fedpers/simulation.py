@@ -259,7 +259,10 @@ def _summary(
 
 
 def _noise_to_update(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Median over rounds of the noise's norm over the noise-free mean update's, per shared group; user level only."""
+    """Median over rounds of the noise's norm over the noise-free mean update's, per shared family.
+
+    Not for methods whose functions bend what is noised in the steps of records.
+    """
     ratios = {
         group: [row[f"noise_{group}"] / row[f"signal_{group}"] for row in history if row[f"signal_{group}"]]
         for group in FAMILIES

@@ -79,7 +79,7 @@ def _record_phases(bench: Bench) -> Iterator[tuple[Phase, list[tuple[int, Phase]
     for index, phase in enumerate(plan.round):
         if plan.protected(phase):
             # Of a pair of noised steps each is looked at as one of its own, and a phase that rests in some rounds too.
-            plain = Phase(*phase.train, without=phase.without, pull=phase.pull)
+            plain = Phase(*phase.train, without=phase.without, pull=phase.pull, gate=phase.gate)
             yield plain, [*before, (index, plain)], range(phase.turn[0] or phase.turn[1], 100, phase.turn[1])
         elif not phase.own:
             before.append((index, phase))

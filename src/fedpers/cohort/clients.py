@@ -70,7 +70,8 @@ class Clients:
                 if phase.on(round_number):
                     found = self._train(visit, cohort, phase, ("round", round_number, index))
                     self.stats.add(found)
-                    self._note({name: value.sum(dim=0) for name, value in found.noise.items() if name in names})
+                    if not method.overrides("gradient", "end"):  # which may make anything of it
+                        self._note({name: value.sum(dim=0) for name, value in found.noise.items() if name in names})
             # What stays at home and broke is no reason to send nothing: what is sent must not depend on it.
             if visit.own is not visit.local:
                 torn = _broken(visit.own)
@@ -87,6 +88,8 @@ class Clients:
             _reset(bad, (visit.local, local), (visit.memory, memory), *([(visit.own, own)] if method.keeps else []))
             self.store.stage(cohort, self._state(visit))
             reply = leave(visit, wire, chosen, names)
+            if self.guarantee.unit != "record":  # under record-level noise it may not be told who has none
+                _still(reply, wire, [not len(self.examples.train[user]) for user in cohort])
             for name, sent in self._outgoing(cohort, round_number, reply, wire).items():
                 replies[name].append(sent)
         return {name: np.concatenate(parts) for name, parts in replies.items()}
@@ -264,6 +267,15 @@ def _reset(bad: Tensor, *undo: tuple[Parameters, Parameters]) -> None:
     for values, before in undo:
         for name in before:
             values[name][bad] = before[name][bad]
+
+
+def _still(reply: Parameters, wire: Mapping[str, Tensor], nothing: Sequence[bool]) -> None:
+    """Let clients without records send what they received: taking a user's records away then moves a sum by one clip,
+    whatever a method's functions do.
+    """
+    none = torch.tensor(nothing)
+    for name in reply if none.any() else ():
+        reply[name] = torch.where(none[:, None, None], wire[name], reply[name])
 
 
 def _broken(values: Parameters) -> Tensor:

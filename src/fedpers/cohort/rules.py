@@ -59,9 +59,10 @@ def step_rule(
     else:
         anchors = model.broadcast(len(visit.steps))
     bends = method.overrides("gradient") and not at_home and not phase.own
+    shared = set(visit.shared)
 
     def bend(name: str, weights: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
-        if bends:
+        if bends and name in shared:
             gradient = method.gradient(visit, name, dict(weights), gradient)
         return gradient + strength * (weights[name] - anchors[name]) if strength > 0 else gradient
 

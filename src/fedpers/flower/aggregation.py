@@ -22,8 +22,9 @@ class Diagnosis:
     """What averaging does to the products of LoRA factors, seen by the simulator alone.
 
     Attributes:
-        error: norm of mean(B A) - what the next broadcast says, over the norm of mean(B A): before noise and clipping,
-            the mean over the adapted modules.
+        error: norm of mean(B A) - what the server makes of it, over the norm of mean(B A), of the replies as they
+            arrive (with the noise of clients that add their own), before the server clips, adds noise or lets an
+            optimizer go on from their mean; the mean over the adapted modules.
         rank: effective rank of the next broadcast's update, the mean over the adapted modules.
     """
 
@@ -55,7 +56,7 @@ def serve(layout: Layout, arrays: Arrays, broadcast: Arrays, number: int) -> Arr
 def diagnose(
     layout: Layout, replies: Sequence[Arrays], broadcast: Arrays, after: Arrays, number: int
 ) -> Diagnosis | None:
-    """Compare what the clients mean on average with what the server makes of it, before noise and clipping.
+    """Compare what the clients say on average with what the server makes of it, before its own noise and clipping.
 
     Args:
         layout: the run's arrays.

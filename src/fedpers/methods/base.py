@@ -143,7 +143,8 @@ class Method:
         """First line of the docstring."""
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
-    # Functions of the client; each may change the visit in place.
+    # Functions of the client; each may change the visit in place. Every client stands in a row of its own along the
+    # first axis of all tensors, and no row may read another: that is checked before a private run.
 
     @classmethod
     def begin(cls, visit: Visit) -> None:
@@ -151,8 +152,8 @@ class Method:
 
     @classmethod
     def gradient(cls, visit: Visit, name: str, weights: Tensors, gradient: Tensor) -> Tensor:
-        """Return the gradient to step with, of one of the `weights` that a phase of shared groups moves; called after
-        clipping and noise.
+        """Return the gradient to step with, of a shared one of the `weights` that a phase moves; called after clipping
+        and noise.
         """
         return gradient
 
@@ -262,6 +263,11 @@ def _check_rest(cls: type[Method]) -> None:
     for group in cls.serves:
         if cls.scopes.get(group) is not SHARED:
             raise ConfigError(f"{where}: serves names {group!r}, which is not shared; change its scope.")
+    if cls.pooled and not cls.unclaimable:
+        raise ConfigError(
+            f"{where}: pooled gives one trainer everybody's records, so nothing can be claimed; add unclaimable = "
+            '"why no claim can be made".'
+        )
     trained = {group for phase in cls.round if not phase.own for group in phase.train}
     moved = cls.overrides("end", "combine")
     for group, scope in cls.scopes.items():

@@ -319,7 +319,6 @@ def _covered(plan: Plan) -> bool:
 
 
 def _head_policy(plan: Plan, unit: Unit) -> str:
-    personal = alias(plan.groups(PERSONAL))
     feeding = set(feedback(plan)) & set(plan.groups(PERSONAL))
     fed = f"personal {alias(feedback(plan))}" if feeding else f"own copies of {alias(feedback(plan))}"
     beside = f"; own copies of {alias(plan.twins)} without noise beside it" if plan.twins else ""
@@ -327,25 +326,31 @@ def _head_policy(plan: Plan, unit: Unit) -> str:
         return "nothing is shared"
     if plan.method.unclaimable:
         return f"nothing can be claimed of this method: {plan.method.unclaimable}"
+    moved = {group for phase in plan.round for group in phase.train}
+    moving = alias(tuple(group for group in plan.groups(PERSONAL) if group in moved))
+    home = "; tuned at home without noise" if plan.finish or plan.method.overrides("home") else ""
+    told = (
+        "the update that is sent tells it"
+        if unit == "none"
+        else "sent only inside an update that is clipped and noised"
+    )
     if plan.head == "joint" and unit == "record":
-        return f"personal {personal} under the same clipping and noise as the shared part; never sent{beside}"
+        return f"personal {moving} under the same clipping and noise as the shared part; never sent{beside}{home}"
     if plan.head == "split-dp" and unit == "record":
-        return (
-            f"personal {personal} under noise on one half of the records, the shared on the other; never sent{beside}"
-        )
+        other = "under noise on one half of the records, the shared on the other"
+        return f"personal {moving} {other}; never sent{beside}{home}"
     if plan.head == "split":
-        return f"personal {personal} without noise on one half of the records, the shared part on the other; never sent"
-    moving = any(set(phase.train) & set(plan.groups(PERSONAL)) for phase in plan.round)
+        return f"personal {moving} without noise on one half of the records, the shared part on the other; never sent"
     if feedback(plan):
-        return f"{fed} without noise, feeding the shared part; never sent"
+        return f"{fed} without noise, feeding the shared part; {'never sent' if feeding else told}"
     if held := memories(plan):
-        return f"{alias(held)} from earlier rounds, feeding the shared part; never sent as they are"
+        return f"{alias(held)} from earlier rounds, feeding the shared part; {told}"
     if plan.method.clusters:
-        return "each user's choice among the shared models, feeding the one it falls on; never sent"
+        return f"each user's choice among the shared models, feeding the one it falls on; {told}"
     if plan.twins:
         return f"own copies of {alias(plan.twins)} beside the shared ones, read by nothing that is sent"
     if moving:
-        return f"personal {personal} without noise, read by nothing that is sent"
+        return f"personal {moving} without noise, read by nothing that is sent"
     if late := tuple(dict.fromkeys(group for phase in plan.finish for group in phase.train)):
         return f"personal {alias(late)} trained after the last release only; never sent"
-    return "no personal state"
+    return "a personal model made at home from what is received; never sent" if home else "no personal state"
