@@ -512,7 +512,9 @@ def test_audits_of_real_chats() -> None:
     assert bound.claimed == pytest.approx(3.0, abs=0.01)
     assert bound.numbers["dimension"] == bound.numbers["canaries"] == 1921
     assert 0 < bound.empirical < estimate.empirical
-    records = load_config(quickstart, [*common, "rounds=2", "privacy.unit=record", "privacy.clip=0.5"])
+    # At epsilon 3 the separation lies around 0.33 with a deviation of 0.14 over secrets.
+    weak = ["rounds=2", "privacy.unit=record", "privacy.clip=0.5", "privacy.epsilon=12"]
+    records = load_config(quickstart, [*common, *weak])
     found = record_canary_audit(records, canaries=240)
     assert all(one.verdict != "violation" for one in found)
     assert found[0].numbers["separation"] > 0.1

@@ -70,7 +70,7 @@ def test_an_installed_package_adds_a_method(tiny: Tiny, tmp_path: Path) -> None:
     column = lines[place].index("One model")
     told = " ".join(line[column:].strip() for line in lines[place : place + 6])
     assert told.startswith("One model for all, trained under a pull toward the values received; then each user tunes ")
-    assert "a CONTRIBUTING file" in told
+    assert "this file, 2026" in told
     assert "Differs from fedprox: the head is tuned at home afterwards." in told
     program(installed, tmp_path, "run", "tiny.yaml", "method=my-method", "options.mu=0.5", "--out", "run", "--quiet")
     assert "method: my-method\n" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")

@@ -132,7 +132,8 @@ def plan(name: str, method: type[Method], config: Config) -> Plan:
         if not set(phase.train) & (at_home & moving if phase.own else at_home):
             raise ConfigError(
                 f"personal.groups={'+'.join(config.personal.groups)}: leaves nothing of {phase}, which "
-                f"method {name!r} runs at home; set personal.groups={'+'.join(spoken(phase.train))}."
+                f"method {name!r} runs at home; set "
+                f"personal.groups={'+'.join(dict.fromkeys(FAMILY[group] for group in phase.train))}."
             )
     rounds = _restrict(method.round, moving, moving & at_home)
     finish = _restrict(method.finish, at_home)

@@ -12,7 +12,7 @@ class FedALA(Method):
     """
 
     cite = "Zhang et al., AAAI 2023"
-    differs = "from fedavg: local training starts between the kept and the received model, which is also the own model"
+    differs = "from fedavg: training starts between the kept and the received model, and the own one is what it left"
     options = {"eta": 1.0}
     scopes = {"adapter": SHARED, "head": SHARED}
     round = (Phase("adapter", "head", blend="eta"), Phase("adapter", "head"))

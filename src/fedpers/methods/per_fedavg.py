@@ -4,11 +4,12 @@ from fedpers.methods.base import SHARED, Method, Phase
 
 
 class PerFedAvg(Method):
-    """Each client's gradient is taken after a step on other records of its own, and applied from before that step.
+    """Each client's gradient is taken after a step on another batch of its own, and applied from before that step.
 
     Fallah, Mokhtari, Ozdaglar: Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
     Meta-Learning Approach, NeurIPS 2020 (arXiv:2002.07948), Algorithm 1, first-order (without the Hessian).
-    `options.inner` is the inner step over the step size. A step costs two gradients, and two noised steps at record
+    `options.inner` is the inner step over the step size; with few records the two batches may share some.
+    A step costs two gradients, and two noised steps at record
     level. At home each user tunes from the learnt start.
     """
 

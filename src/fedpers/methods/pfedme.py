@@ -1,5 +1,6 @@
 """Moreau envelopes: the shared model goes toward what each user's own model has become."""
 
+from fedpers.errors import ConfigError
 from fedpers.methods.base import SHARED, Method, Phase
 from fedpers.visit import Visit
 
@@ -21,6 +22,9 @@ class PFedMe(Method):
     @classmethod
     def begin(cls, visit: Visit) -> None:
         """Start theta at w."""
+        step = visit.options["eta"] * visit.options["lambda"]
+        if step > 1:
+            raise ConfigError(f"options.eta * options.lambda = {step:g}: pfedme would go beyond theta; at most 1.")
         visit.own.update({name: visit.received[name].clone() for name in visit.shared})
 
     @classmethod

@@ -97,7 +97,15 @@ def _check_method(config: Config, plan: Plan) -> None:
             f"method {name!r} is refused: its server step looks at single replies, but with privacy.clip and trust "
             f"{privacy.trusted} the server goes on from one clipped and noised mean alone; {out}{ways}."
         )
-    if (method.overrides("combine", "serve") or method.travels) and config.server.strategy != "FedAvg":
+    if method.everyone and server_sums(config):
+        raise PrivacyRefusal(f"method {name!r} takes its own part off the plain mean of all; leave privacy.clip out.")
+    if method.clusters and config.server.strategy in OF_SINGLE_REPLIES:
+        raise ConfigError(
+            f"server.strategy = {config.server.strategy!r}: method {name!r} sends back what a client did not choose "
+            f"as it was, which such a rule takes for what most say; choose one of {', '.join(OF_THE_MEAN)}."
+        )
+    own = method.overrides("combine", "serve") or method.travels or method.everyone
+    if own and config.server.strategy != "FedAvg":
         raise ConfigError(
             f"server.strategy = {config.server.strategy!r}: method {name!r} has a server step of its own, which goes "
             "on from the plain mean; leave server.strategy out (FedAvg)."
@@ -142,15 +150,16 @@ def _check_feedback(config: Config, plan: Plan) -> None:
             f"only the half of the records that the shared {alias(plan.shared)} is trained on; the half behind "
             f"the {heads} gets no guarantee at all. Train that half under noise, too: privacy.head=split-dp."
         )
-    babu = ", or method=fedbabu" if groups == ("head",) else ""
+    babu, tune = "", ""
+    if groups == ("head",):
+        babu, tune = ", or method=fedbabu", ", or method=fedavg-finetune, which tunes a shared head at home afterwards"
     raise PrivacyRefusal(
         f"method {plan.name!r} with privacy.unit=record is refused ({path}): the personal {heads} is trained without "
         f"noise on the same records and feeds the gradients of the shared {alias(plan.shared)}, so one record "
         "changes the gradients of all the others and the true epsilon is far above the claimed one. Three sound ways "
         f"out: (1) keep the {heads} at its public value until the last release: privacy.head=frozen{babu}; (2) train "
-        f"the {heads} under the same clipping and noise: privacy.head=joint, or method=fedavg-finetune, which tunes a "
-        f"shared {heads} at home afterwards; (3) protect whole users, where a personal {heads} may stay noise-free: "
-        "privacy.unit=user."
+        f"the {heads} under the same clipping and noise: privacy.head=joint{tune}; (3) protect "
+        f"whole users, where a personal {heads} may stay noise-free: privacy.unit=user."
     )
 
 
