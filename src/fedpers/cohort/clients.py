@@ -62,7 +62,8 @@ class Clients:
         for cohort in self._cohorts(users):
             kept = self.store.read(cohort)
             visit, chosen = self._arrive(round_number, cohort, wire, kept)
-            local, own, memory = clone(visit.local), clone(visit.own), clone(visit.memory)
+            local, memory = clone(visit.local), clone(visit.memory)
+            own = local if visit.own is visit.local else clone(visit.own)
             method.begin(visit)
             if not method.overrides("end"):
                 local = clone(visit.local)  # sent as it is if training breaks

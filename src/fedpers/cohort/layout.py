@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.cohort.model import CohortModel
+from fedpers.cohort.model import CohortModel, first_factor
 from fedpers.config import Config
 from fedpers.errors import ConfigError
 from fedpers.plan import Plan
@@ -114,9 +114,7 @@ class Layout:
         """Return what the server functions see in a round."""
 
         def fresh(name: str) -> NDArray[np.float32]:
-            shape = tuple(self.initial[name].shape)
-            bound = 1.0 / np.sqrt(shape[1])
-            return generator(self.key, "initial", name, number).uniform(-bound, bound, shape).astype(np.float32)
+            return first_factor(tuple(self.initial[name].shape), self.key, "initial", name, number)
 
         public = {name: value.numpy() for name, value in self.initial.items()}
         return Service(self.plan.options, number, self.rounds, self.scaling, broadcast, public, fresh)

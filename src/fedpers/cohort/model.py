@@ -20,12 +20,18 @@ from fedpers.config import Config, expand
 from fedpers.models import adapters
 from fedpers.models.array_names import GATE, HEAD, SECOND, array_name, group_of
 from fedpers.models.backbone import Backbone, Tokens, pool, public_name
-from fedpers.privacy.randomness import generator
+from fedpers.privacy.randomness import Part, generator
 from fedpers.tasks.base import Examples, Task, gather
 
 Parameters = dict[str, Tensor]  # by array name, each (clients, out, in)
 Link = Literal["linear", "sigmoid"]
 LINKS: dict[Link, Callable[[Tensor], Tensor]] = {"linear": lambda x: x, "sigmoid": torch.sigmoid}
+
+
+def first_factor(shape: tuple[int, ...], key: bytes, *address: Part) -> NDArray[np.float32]:
+    """Draw a factor A (rank, in) as PEFT does: Kaiming uniform with a = sqrt(5)."""
+    bound = 1.0 / np.sqrt(shape[1])
+    return generator(key, *address).uniform(-bound, bound, shape).astype(np.float32)
 
 
 class CohortModel(nn.Module):
@@ -138,9 +144,7 @@ class CohortModel(nn.Module):
         if self.group[name] not in {"A", "A2"} or not isinstance(layer, CohortLinear):
             # lora_B, gate and residual are 0, norms the backbone's, heads start as the task says.
             return layer.weight.detach()[0].clone()
-        bound = 1.0 / np.sqrt(layer.in_features)  # PEFT's choice: Kaiming uniform with a = sqrt(5)
-        values = generator(key, "initial", name).uniform(-bound, bound, (layer.out_features, layer.in_features))
-        return torch.from_numpy(values.astype(np.float32))
+        return torch.from_numpy(first_factor((layer.out_features, layer.in_features), key, "initial", name))
 
     def names(self, groups: Sequence[str]) -> tuple[str, ...]:
         """Return the array names of these groups (or aliases, see config.expand), sorted."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedpers.cohort.layout import Layout
 from fedpers.models.array_names import Pair, pairs
 from fedpers.models.lora_algebra import aggregation_error, effective_rank
-from fedpers.visit import Arrays
+from fedpers.visit import Arrays, mean
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def combine(layout: Layout, replies: Sequence[Arrays], broadcast: Arrays, number
     method = layout.plan.method
     if method.overrides("combine"):
         return {**broadcast, **method.combine(list(replies), layout.service(number, broadcast))}
-    return {**broadcast, **{name: np.mean([one[name] for one in replies], axis=0) for name in layout.up(number)}}
+    return {**broadcast, **mean(replies)}
 
 
 def serve(layout: Layout, arrays: Arrays, broadcast: Arrays, number: int) -> Arrays:
