@@ -151,8 +151,9 @@ def _options(name: str, method: type[Method], config: Config) -> dict[str, float
     found = {**method.options, **config.options}
     for option, value in found.items():
         most = 1.0 if any(option in (phase.mix, phase.gate) for phase in method.round) else math.inf
-        if not 0 <= value <= most:
-            allowed = "a number from 0 on" if math.isinf(most) else "a number from 0 to 1"
+        least, most = method.ranges.get(option, (0.0, most))
+        if not least <= value <= most:
+            allowed = f"a number from {least:g} " + ("on" if math.isinf(most) else f"to {most:g}")
             raise ConfigError(f"options.{option} = {value:g}: method {name!r} expects {allowed}.")
     return found
 

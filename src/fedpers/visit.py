@@ -74,6 +74,11 @@ class Service:
     fresh: Callable[[str], NDArray[np.float32]]
 
 
+def stack(replies: Sequence[Arrays], name: str) -> NDArray[np.float32]:
+    """Return one array of all clients, (clients, out, in)."""
+    return np.stack([one[name] for one in replies])
+
+
 def mean(replies: Sequence[Arrays]) -> Arrays:
     """Return the plain mean of the clients' arrays; everybody weighs the same."""
-    return {name: np.mean([one[name] for one in replies], axis=0).astype(np.float32) for name in replies[0]}
+    return {name: stack(replies, name).mean(axis=0).astype(np.float32) for name in replies[0]}

@@ -10,6 +10,7 @@ class APFL(Method):
     Deng, Kamani, Mahdavi: Adaptive Personalized Federated Learning, 2020 (arXiv:2003.13461), Algorithm 1. Parameters
     are mixed, as in the paper (its code mixes outputs), with one fixed `options.alpha` for all; in a round w makes all
     its steps first, where the paper takes turns. v is never read when w is trained, so it costs no budget.
+    Own copies are of `personal.groups` alone.
     """
 
     cite = "Deng, Kamani, Mahdavi, 2020"

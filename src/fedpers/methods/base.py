@@ -118,6 +118,7 @@ class Method:
     cite: ClassVar[str] = ""  # authors, venue and year
     differs: ClassVar[str] = ""  # in one line, from its nearest neighbour
     options: ClassVar[Mapping[str, float]] = {}  # the method's own numbers and their defaults; `options` sets them
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}  # least and largest value of options; else from 0 on
     keeps: ClassVar[bool] = False  # a user keeps an own copy of the shared groups as it trained them last
     travels: ClassVar[tuple[str, ...]] = ()  # kinds of companions of every shared array that travel with it, first zero
     remembers: ClassVar[tuple[str, ...]] = ()  # kinds of companions that stay with their user, first zero

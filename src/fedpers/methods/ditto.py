@@ -8,6 +8,7 @@ class Ditto(Method):
 
     Li, Hu, Beirami, Smith: Ditto: Fair and Robust Federated Learning Through Personalization, ICML 2021, Algorithm 1;
     `personal.l2` is its lambda. The own copy is never read when the shared one is trained, so it costs no budget.
+    Own copies are of `personal.groups` alone.
     """
 
     cite = "Li et al., ICML 2021"

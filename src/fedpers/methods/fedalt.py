@@ -15,7 +15,7 @@ class FedALT(Method):
     """
 
     cite = "Bian et al., AAAI 2026"
-    differs = "from feddpa: the own adapter itself is uploaded, and the frozen one is the mean of the others'"
+    differs = "from feddpa: the own adapter is uploaded, the frozen one is the others' mean, gate and head are personal"
     scopes = {"adapter": SHARED, "adapter2": PERSONAL, "gate": PERSONAL, "head": PERSONAL}
     round = (Phase("adapter", "gate", "head"),)
     keeps = True

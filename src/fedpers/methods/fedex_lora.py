@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from fedpers.methods.base import SHARED, Method, Phase
 from fedpers.models.array_names import pairs
 from fedpers.models.lora_algebra import mean_product
-from fedpers.visit import Arrays, Service, mean
+from fedpers.visit import Arrays, Service, mean, stack
 
 
 class FedExLoRA(Method):
@@ -29,7 +29,7 @@ class FedExLoRA(Method):
         """Average, and add to the residual what averaging lost."""
         result = mean(replies)
         for pair in pairs(result):
-            exact = mean_product(*(np.stack([one[name] for one in replies]) for name in (pair.A, pair.B)))
+            exact = mean_product(stack(replies, pair.A), stack(replies, pair.B))
             lost: NDArray[np.float32] = exact - result[pair.B] @ result[pair.A]
             result[pair.residual] = service.broadcast[pair.residual] + service.scaling * lost
         return result

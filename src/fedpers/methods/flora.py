@@ -5,7 +5,7 @@ import numpy as np
 from fedpers.methods.base import SHARED, Method, Phase
 from fedpers.models.array_names import pairs
 from fedpers.models.lora_algebra import mean_product
-from fedpers.visit import Arrays, Service, mean
+from fedpers.visit import Arrays, Service, mean, stack
 
 
 class FLoRA(Method):
@@ -29,7 +29,7 @@ class FLoRA(Method):
         """Merge the mean product; draw A anew, and set B to zero."""
         result = mean(replies)
         for pair in pairs(result):
-            exact = mean_product(*(np.stack([one[name] for one in replies]) for name in (pair.A, pair.B)))
+            exact = mean_product(stack(replies, pair.A), stack(replies, pair.B))
             result[pair.residual] = service.broadcast[pair.residual] + service.scaling * exact
             result[pair.A], result[pair.B] = service.fresh(pair.A), np.zeros_like(result[pair.B])
         return result

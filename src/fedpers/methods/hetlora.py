@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedpers.methods.base import SHARED, Method, Phase
 from fedpers.models.array_names import group_of, pairs, rank_index
-from fedpers.visit import Arrays, Service, Tensors, Visit, mean
+from fedpers.visit import Arrays, Service, Tensors, Visit, mean, stack
 
 
 class HetLoRA(Method):
@@ -16,11 +16,13 @@ class HetLoRA(Method):
     EMNLP 2024 (arXiv:2401.06432): the server weighs each client by the norm of its product; a rank falls from r to
     floor(gamma r) when |tail of B| |tail of A|, which is penalized by lambda, has shrunk. A user's first rank is a
     public draw between `options.lowest` of the full rank and all of it. Scale is alpha over the user's own rank.
+    With a full rank of 1 there is nothing to cut, and what is left of it are the weights.
     """
 
     cite = "Cho et al., EMNLP 2024"
     differs = "from fedavg: users have adapters of different ranks, weighed by their norms"
     options = {"lowest": 0.5, "gamma": 0.99, "lambda": 0.001}
+    ranges = {"lowest": (0.0, 1.0), "gamma": (0.0, 1.0)}
     scopes = {"adapter": SHARED, "head": SHARED}
     round = (Phase("adapter", "head"),)
     remembers = ("cut",)
@@ -65,8 +67,8 @@ class HetLoRA(Method):
         result, found = mean(replies), pairs(replies[0])
         norms = [np.sqrt(sum(np.sum((one[p.B] @ one[p.A]) ** 2) for p in found)) for one in replies]
         for name in (name for pair in found for name in pair[1:3]):
-            stacked = np.stack([one[name] for one in replies])
-            result[name] = np.average(stacked, axis=0, weights=norms if any(norms) else None).astype(np.float32)
+            weights = norms if any(norms) else None
+            result[name] = np.average(stack(replies, name), axis=0, weights=weights).astype(np.float32)
         return result
 
 

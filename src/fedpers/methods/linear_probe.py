@@ -8,6 +8,7 @@ class LinearProbe(Method):
 
     Legate, Bernier, Page-Caccia, Oyallon, Belilovsky: Guiding The Last Layer in Federated Learning with Pre-Trained
     Models, NeurIPS 2023 (arXiv:2306.03937), its baseline LP, from the task's own first head.
+    Tuning at home is an addition of ours.
     """
 
     cite = "Legate et al., NeurIPS 2023"

@@ -18,7 +18,9 @@ class SDFLoRA(Method):
     """
 
     cite = "after Shen et al., 2026"
-    differs = "from feddpa: both adapters are trained in the same steps, and the mean product is re-factored"
+    differs = (
+        "from feddpa: both adapters and a personal head are trained in the same steps, the mean product is re-factored"
+    )
     scopes = {"adapter": SHARED, "adapter2": PERSONAL, "head": PERSONAL}
     round = (Phase("adapter", "adapter2", "head"),)
     needs = ("adapter",)
