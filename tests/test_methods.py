@@ -746,6 +746,39 @@ ODD: dict[str, tuple[Any, Sequence[Phase], Sequence[Phase], dict[str, Any], str]
     "serving what is not there": (
         AVG, [STEP], [], {"serves": ("residual",)}, "serves names 'residual', which is not shared; change its scope",
     ),
+    "a phase without its comma": (
+        AVG, [], [], {"round": STEP}, "a comma is missing: round = (Phase('adapter', 'head'),)",
+    ),
+    "keeping what never moves": (BABU, [Phase("adapter")], [], {}, "'head' is personal but no phase trains it; it"),
+    "a first factor that gets no gradient": (
+        {"A": SHARED, "B": FROZEN, "head": SHARED}, [Phase("A", "head")], [], {},
+        "'B' is frozen at its initial value, zero, so 'A' gets no gradient; train 'B' and freeze 'A'",
+    ),
+    "needing a group that is no family": (AVG, [STEP], [], {"needs": ("A",)}, "needs names 'A'; `share` knows adapter"),
+    "a strength in the place of its name": (
+        AVG, [Phase("adapter", "head", pull=0.1)], [], {}, 'write pull="pull" and options = {"pull": 0.1}',  # type: ignore[arg-type]
+    ),
+    "a misspelt attribute": (AVG, [STEP], [], {"finnish": ()}, "'finnish' is nothing that a method has; did you mean"),
+    "a misspelt function": (
+        AVG, [STEP], [], {"beginn": classmethod(lambda cls, visit: None)}, "did you mean 'begin'? (A helper of you",
+    ),
+    "a function of no class": (
+        AVG, [STEP], [], {"end": lambda cls, visit: None}, "end must be a class method; write @classmethod above `def end",
+    ),
+    "a name without its comma": (AVG, [STEP], [], {"travels": "pace"}, 'a comma is missing: travels = ("pace",)'),
+    "names that are none": (AVG, [STEP], [], {"remembers": (1,)}, "remembers = (1,); expected a tuple of names"),
+    "a switch that is none": (AVG, [STEP], [], {"keeps": "yes"}, "keeps = 'yes'; expected True or False"),
+    "a reason that is no text": (AVG, [STEP], [], {"unclaimable": True}, "unclaimable = True; expected text"),
+    "a link that is none": (AVG, [STEP], [], {"link": "tanh"}, "link = 'tanh'; expected one of linear, sigmoid"),
+    "an option that is no number": (
+        AVG, [STEP], [], {"options": {"mu": "0.1"}}, "options['mu'] = '0.1'; expected a finite number, its default",
+    ),
+    "options that are no mapping": (AVG, [STEP], [], {"options": ("mu",)}, "options must map names to numbers"),
+    "a range of nothing": (AVG, [STEP], [], {"ranges": {"mu": (0.0, 1.0)}}, "ranges names 'mu', which is no option"),
+    "a range that is none": (AVG, [STEP], [], {"options": {"mu": 1.0}, "ranges": {"mu": 1.0}}, "expected (least, la"),
+    "a default out of range": (
+        AVG, [STEP], [], {"options": {"mu": 2.0}, "ranges": {"mu": (0.0, 1.0)}}, "lies outside of ranges, (0.0, 1.0)",
+    ),
 }  # fmt: skip
 
 
@@ -816,16 +849,36 @@ def test_sharing_nothing_of_what_a_method_shares_is_refused(tiny: Tiny, name: st
 @pytest.mark.parametrize("name", METHODS)
 def test_options_are_the_methods_own_numbers(tiny: Tiny, name: str) -> None:
     declared = TABLES[name].options
-    assert method_plan(name, tiny(method=name)).options == declared
+    own = {"method": name, "personal": {"groups": ALL}}
+    assert method_plan(name, tiny(**own)).options == declared
     for option, value in declared.items():
         other = value / 2 + 0.25
-        assert method_plan(name, tiny(options={option: other})).options == {**declared, option: other}
+        assert method_plan(name, tiny(**own, options={option: other})).options == {**declared, option: other}
         with pytest.raises(ConfigError, match=rf"options\.{option} = -1: method '{name}' expects a number from 0"):
-            method_plan(name, tiny(options={option: -1.0}))
+            method_plan(name, tiny(**own, options={option: -1.0}))
     known = ", ".join(f"{option}={value:g}" for option, value in declared.items()) or "none"
     says = f"options.no_such: method '{name}' has no such number; its options: {known}."
     with pytest.raises(ConfigError, match=re.escape(says)):
-        method_plan(name, tiny(options={**declared, "no_such": 1.0}))
+        method_plan(name, tiny(**own, options={**declared, "no_such": 1.0}))
+
+
+def test_options_stay_in_the_range_that_a_method_gives(tiny: Tiny) -> None:
+    for option in ("lowest", "gamma"):
+        assert method_plan("hetlora", tiny(options={option: 1.0})).options[option] == 1
+        with pytest.raises(
+            ConfigError, match=rf"options\.{option} = 1\.5: method 'hetlora' expects a number from 0 to 1"
+        ):
+            method_plan("hetlora", tiny(options={option: 1.5}))
+
+
+def test_what_moves_by_own_copies_alone_needs_them_all(tiny: Tiny) -> None:
+    """Else the part without an own copy would be sent as it came, in every round."""
+    says = r"'pfedme'.*the shared adapter would never change; set personal\.groups=adapter\+head, or share=head"
+    with pytest.raises(ConfigError, match=says):
+        method_plan("pfedme", tiny(method="pfedme", personal={"groups": "head"}))
+    for right in ({"personal": {"groups": "adapter+head"}}, {"share": "head", "personal": {"groups": "head"}}):
+        found = method_plan("pfedme", tiny(method="pfedme", **right))
+        assert found.sent(1) == found.shared
 
 
 @pytest.mark.parametrize("count", [1.0, 0.0, 2.5])

@@ -25,6 +25,8 @@ from fedpers.experiment import Reuse, build_model, identity, method_plan, prepar
 from fedpers.methods import SHARED, Method, Phase, Visit
 from fedpers.privacy.randomness import secret_key
 from fedpers.reporting import Reporter
+from fedpers.simulation import simulate
+from fedpers.visit import mean
 
 Tiny = Callable[..., Config]
 USER = {"unit": "user", "epsilon": 8, "delta": 1e-3, "clip": 0.1, "secret": SECRET}
@@ -168,3 +170,30 @@ def test_a_given_secret_needs_a_file(tiny: Tiny) -> None:
         build_model(prepare(tiny(method=name, privacy=USER)), Reporter(), Reuse())
     build_model(prepare(tiny(method=name, privacy={**USER, "secret": None})), Reporter(), Reuse())
     assert torch.is_tensor(build_model(prepare(tiny(method=name)), Reporter()).initial["head.direction.weight"])
+
+
+WRONG: dict[str, tuple[Callable[..., Any], str]] = {
+    "nothing": (lambda arrays: None, r"returned NoneType; it must return arrays by name, such as mean\(replies\)"),
+    "another name": (
+        lambda arrays: {**arrays, "heads": next(iter(arrays.values()))},
+        "returned 'heads', which does not tra",
+    ),
+    "another shape": (
+        lambda arrays: {name: value.T[:1] for name, value in arrays.items()},
+        r"returned '.*' of shape \(.*; expected \(",
+    ),
+    "no arrays": (lambda arrays: dict.fromkeys(arrays, 0.0), r"returned '.*' of shape \(\); expected \("),
+}
+
+
+@pytest.mark.parametrize("function", ["combine", "serve"])
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_server_function_returns_is_checked(tiny: Tiny, tmp_path: Path, function: str, case: str) -> None:
+    make, says = WRONG[case]
+
+    def served(cls: type[Method], arrays: Any, service: Any) -> Any:
+        return make(mean(arrays) if function == "combine" else arrays)
+
+    name = offer("slipped", **{function: classmethod(served)})
+    with pytest.raises(ConfigError, match=f"method 'slipped': {function} {says}"):
+        simulate(tiny(method=name, rounds=1, data={"users": 3}), tmp_path / "run")

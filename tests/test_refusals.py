@@ -137,6 +137,17 @@ def test_r2_a_way_that_no_freezing_closes(tiny: Tiny, method: str, way: str) -> 
     refused(tiny, settings, PrivacyRefusal, why, {"privacy.unit=user": "privacy.unit=user"})
 
 
+def test_r1_a_factor_whose_other_half_would_be_zero(tiny: Tiny) -> None:
+    """Frozen B gives A no gradient, so that way out is neither offered nor taken."""
+    why = r"method 'fedsa-lora' with privacy.unit=record is refused \((?!.*frozen).*Two sound ways out"
+    refused(tiny, {"method": "fedsa-lora", "privacy": RECORD}, PrivacyRefusal, why, {
+        "privacy.head=joint": "privacy.head=joint", "privacy.unit=user": "privacy.unit=user",
+    })  # fmt: skip
+    frozen = {"method": "fedsa-lora", "privacy": {**RECORD, "head": "frozen"}}
+    with pytest.raises(ConfigError, match="would keep B at zero in the rounds, so that the shared A gets no gradient"):
+        prepare(tiny(**frozen))
+
+
 # ---------------------------------------------------------------- what a method does beyond its phases
 
 

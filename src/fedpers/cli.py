@@ -159,7 +159,13 @@ def export(
 
 def _print_guarantees(known: list[str], markdown: bool) -> None:
     from fedpers import guarantees
+    from fedpers.methods.base import Method
+    from fedpers.registry import broken
 
+    if failed := broken("methods", Method):  # one cannot be used; the others can all the same
+        for name, error in failed.items():
+            Console(stderr=True).print(f"{name} cannot be used: {error}", markup=False, soft_wrap=True)
+        known = [name for name in known if name not in failed]
     modes = guarantees.guarantees(known)
     if markdown:
         typer.echo(guarantees.markdown(modes, known), nl=False)

@@ -38,9 +38,7 @@ class Plan:
 
     def sent(self, number: int) -> tuple[str, ...]:
         """The groups that clients send in a round; the server sends all that are shared."""
-        moved = {group for phase in self.round if not phase.own and phase.on(number) for group in phase.train}
-        if self.method.overrides("end"):  # which may send what an own copy has become
-            moved = {group for phase in self.round if phase.on(number) for group in phase.train}
+        moved = _sendable(self.method, tuple(phase for phase in self.round if phase.on(number)))
         return tuple(group for group in self.shared if group in moved and group not in self.method.serves)
 
     @property
@@ -136,11 +134,31 @@ def plan(name: str, method: type[Method], config: Config) -> Plan:
                 f"personal.groups={'+'.join(dict.fromkeys(FAMILY[group] for group in phase.train))}."
             )
     rounds = _restrict(method.round, moving, moving & at_home)
+    if stuck := [
+        group for group in GROUPS if group in _sendable(method, method.round) & moving - _sendable(method, rounds)
+    ]:
+        groups = "+".join(dict.fromkeys(FAMILY[group] for phase in method.round for group in phase.train))
+        raise ConfigError(
+            f"personal.groups={'+'.join(config.personal.groups)}: method {name!r} moves what it shares by training own "
+            f"copies, which are of these groups alone, so the shared {alias(tuple(stuck))} would never change; set "
+            f"personal.groups={groups}, or share={'+'.join(config.personal.groups)}."
+        )
     finish = _restrict(method.finish, at_home)
     personal = tuple(group for group in GROUPS if scopes.get(group) is PERSONAL)
     if config.privacy.head != "method" and SHARED in scopes.values():
-        rounds, finish = _apply_policy(config.privacy.head, name, rounds, finish, personal)
+        shared = tuple(group for group in GROUPS if scopes.get(group) is SHARED)
+        rounds, finish = _apply_policy(config.privacy.head, name, rounds, finish, personal, shared)
     return Plan(name, scopes, rounds, finish, config.privacy.head, method, _options(name, method, config))
+
+
+def _sendable(method: type[Method], phases: tuple[Phase, ...]) -> set[str]:
+    """The groups that phases move and a client may send; own copies only where `end` sends what they have become."""
+    return {group for phase in phases if not phase.own or method.overrides("end") for group in phase.train}
+
+
+def starved(shared: tuple[str, ...], frozen: tuple[str, ...]) -> bool:
+    """Whether a shared A would get no gradient, since its B stays at the initial value, zero."""
+    return "A" in shared and "B" in frozen
 
 
 def _options(name: str, method: type[Method], config: Config) -> dict[str, float]:
@@ -159,13 +177,23 @@ def _options(name: str, method: type[Method], config: Config) -> dict[str, float
 
 
 def _apply_policy(
-    policy: HeadPolicy, name: str, rounds: tuple[Phase, ...], finish: tuple[Phase, ...], personal: tuple[str, ...]
+    policy: HeadPolicy,
+    name: str,
+    rounds: tuple[Phase, ...],
+    finish: tuple[Phase, ...],
+    personal: tuple[str, ...],
+    shared: tuple[str, ...],
 ) -> tuple[tuple[Phase, ...], tuple[Phase, ...]]:
     """Return round and finish under `privacy.head`; refuse a policy that has nothing to act on."""
     where = f"privacy.head={policy}: method {name!r}"
     in_rounds = tuple(g for g in personal if any(g in phase.train for phase in rounds))
     if not in_rounds:
         raise ConfigError(f"{where} moves no personal group in the rounds; leave privacy.head out.")
+    if policy == "frozen" and starved(shared, in_rounds):
+        raise ConfigError(
+            f"{where} would keep B at zero in the rounds, so that the shared A gets no gradient and moves by noise "
+            "alone; choose another policy, or a method that shares B (ffa-lora, fedavg)."
+        )
     if policy == "frozen":
         others = {group for group in GROUPS if group not in personal}
         kept = _restrict(rounds, others, others)

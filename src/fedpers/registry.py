@@ -13,6 +13,9 @@ import importlib
 import inspect
 import pkgutil
 import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -77,22 +80,52 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"{KEYS[kind]} = {name!r}: unknown; {hint}known: {', '.join(known)}.")
     path = f"fedpers.{kind}.{name.replace('-', '_')}"
-    try:
+    with _told(path):
         module = importlib.import_module(path)
-    except SyntaxError as error:
-        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}; mend the file of {name!r}.") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
     classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
     found = [c for c in classes if issubclass(c, base)]
     if len(found) != 1:
-        raise ConfigError(f"{module.__name__}: expected one subclass of {base.__name__}, found {len(found)}.")
+        said = ", ".join(c.__name__ for c in found) or "none"
+        raise ConfigError(f"{module.__name__}: expected one subclass of {base.__name__}, found {said}; one file each.")
     return found[0]
 
 
+def broken(kind: str, base: type[object]) -> dict[str, ConfigError]:
+    """Return the entries of a kind that cannot be loaded, and why."""
+    found = {}
+    for name in names(kind):
+        try:
+            find(kind, name, base)
+        except ConfigError as error:
+            found[name] = error
+    return found
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Tell whatever goes wrong while somebody's module is loaded, with the line of their file."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except SyntaxError as error:
+        raise ConfigError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}; mend it there.") from error
+    except Exception as error:  # a module may do anything when it is loaded
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+        place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if len(frames) > 1 else ""
+        raise ConfigError(f"{where}: {place}{type(error).__name__}: {error}; mend it there.") from error
+
+
 def _built_in(kind: str) -> set[str]:
+    """Names of the modules of a package; each has to be one that a name can be made of."""
     package = importlib.import_module(f"fedpers.{kind}")
-    return {module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__) if module.name != "base"}
+    files = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"]
+    if odd := [file for file in files if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", file)]:
+        raise ConfigError(
+            f"fedpers.{kind}: {odd[0]}.py: a file is named like its entry, in small letters and digits with _ for -; "
+            "rename it."
+        )
+    return {file.replace("_", "-") for file in files}
 
 
 def _load(kind: str, point: EntryPoint, base: type[T]) -> type[T]:
@@ -100,12 +133,8 @@ def _load(kind: str, point: EntryPoint, base: type[T]) -> type[T]:
     where = f"entry point {point.name} = {point.value} of fedpers.{kind}"
     if point.name in _built_in(kind):
         raise ConfigError(f"{where}: fedpers itself has this name, and which of both ran would be a guess; rename it.")
-    try:
+    with _told(where):
         found: object = point.load()
-    except SyntaxError as error:
-        raise ConfigError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}; mend it there.") from error
-    except (ConfigError, ImportError, AttributeError) as error:
-        raise ConfigError(f"{where}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{where}: expected a subclass of {base.__name__}, found {found!r}.")
     return found

@@ -55,6 +55,9 @@ class Visit:
 class Service:
     """What the server functions of a method see besides the arrays that clients sent; arrays are (out, in).
 
+    What a server has to remember it keeps in what travels: `serve` may set the companions that `Method.travels`
+    declares, and finds them in the next round's `broadcast`. Nothing else outlives a round, or a run that is resumed.
+
     Attributes:
         options: the method's own numbers.
         round: the round's number, from 1.

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.cohort.layout import Layout
+from fedpers.errors import ConfigError
 from fedpers.models.array_names import Pair, pairs
 from fedpers.models.lora_algebra import aggregation_error, effective_rank
 from fedpers.visit import Arrays, mean
@@ -36,7 +37,8 @@ def combine(layout: Layout, replies: Sequence[Arrays], broadcast: Arrays, number
     """Make one reply out of many, by the method's own rule if it has one, else their mean; all that travels down."""
     method = layout.plan.method
     if method.overrides("combine"):
-        return {**broadcast, **method.combine(list(replies), layout.service(number, broadcast))}
+        made = method.combine(list(replies), layout.service(number, broadcast))
+        return {**broadcast, **_checked(layout, "combine", made, broadcast)}
     return {**broadcast, **mean(replies)}
 
 
@@ -49,8 +51,26 @@ def serve(layout: Layout, arrays: Arrays, broadcast: Arrays, number: int) -> Arr
     moved = set(layout.down) if method.overrides("combine") else set(layout.up(number))
     arrays = {name: arrays[name] if name in moved else broadcast[name] for name in broadcast}
     if method.overrides("serve"):
-        arrays = {**arrays, **method.serve(arrays, layout.service(number, broadcast))}
+        made = method.serve(arrays, layout.service(number, broadcast))
+        arrays = {**arrays, **_checked(layout, "serve", made, broadcast)}
     return {name: np.asarray(arrays[name], dtype=np.float32) for name in broadcast}
+
+
+def _checked(layout: Layout, function: str, made: object, broadcast: Arrays) -> Arrays:
+    """Return what a method's server function has made, or say what is wrong with it."""
+    where = f"method {layout.plan.name!r}: {function}"
+    if not isinstance(made, Mapping):
+        raise ConfigError(
+            f"{where} returned {type(made).__name__}; it must return arrays by name, such as mean(replies)."
+        )
+    if unknown := sorted(set(map(str, made)) - set(broadcast)):
+        raise ConfigError(
+            f"{where} returned {unknown[0]!r}, which does not travel; known: {', '.join(sorted(broadcast))}."
+        )
+    for name, value in made.items():
+        if (shape := np.shape(value)) != broadcast[name].shape:
+            raise ConfigError(f"{where} returned {name!r} of shape {shape}; expected {broadcast[name].shape}.")
+    return dict(made)
 
 
 def diagnose(

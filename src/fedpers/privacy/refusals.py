@@ -10,7 +10,7 @@ import math
 from fedpers.config import Config
 from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.methods.base import PERSONAL
-from fedpers.plan import Plan, alias
+from fedpers.plan import Plan, alias, starved
 from fedpers.privacy.dataflow import feedback, leaks, memories
 
 # Strategies that see only the mean of the replies; under user-level noise they are post-processing of that mean.
@@ -153,13 +153,19 @@ def _check_feedback(config: Config, plan: Plan) -> None:
     babu, tune = "", ""
     if groups == ("head",):
         babu, tune = ", or method=fedbabu", ", or method=fedavg-finetune, which tunes a shared head at home afterwards"
+    ways = [
+        f"keep the {heads} at its public value until the last release: privacy.head=frozen{babu}",
+        f"train the {heads} under the same clipping and noise: privacy.head=joint{tune}",
+        f"protect whole users, where a personal {heads} may stay noise-free: privacy.unit=user",
+    ]
+    if starved(plan.shared, groups):
+        del ways[0]
+    ways_out = {2: "Two", 3: "Three"}[len(ways)]
     raise PrivacyRefusal(
         f"method {plan.name!r} with privacy.unit=record is refused ({path}): the personal {heads} is trained without "
         f"noise on the same records and feeds the gradients of the shared {alias(plan.shared)}, so one record "
-        "changes the gradients of all the others and the true epsilon is far above the claimed one. Three sound ways "
-        f"out: (1) keep the {heads} at its public value until the last release: privacy.head=frozen{babu}; (2) train "
-        f"the {heads} under the same clipping and noise: privacy.head=joint{tune}; (3) protect "
-        f"whole users, where a personal {heads} may stay noise-free: privacy.unit=user."
+        f"changes the gradients of all the others and the true epsilon is far above the claimed one. {ways_out} sound "
+        f"ways out: {'; '.join(f'({number}) {way}' for number, way in enumerate(ways, start=1))}."
     )
 
 
