@@ -763,7 +763,7 @@ ODD: dict[str, tuple[Any, Sequence[Phase], Sequence[Phase], dict[str, Any], str]
         AVG, [STEP], [], {"beginn": classmethod(lambda cls, visit: None)}, "did you mean 'begin'? (A helper of you",
     ),
     "a function of no class": (
-        AVG, [STEP], [], {"end": lambda cls, visit: None}, "end must be a class method; write @classmethod above `def end",
+        AVG, [STEP], [], {"end": lambda cls, visit: None}, "end must be a class method; write @classmethod above",
     ),
     "a name without its comma": (AVG, [STEP], [], {"travels": "pace"}, 'a comma is missing: travels = ("pace",)'),
     "names that are none": (AVG, [STEP], [], {"remembers": (1,)}, "remembers = (1,); expected a tuple of names"),
