@@ -52,12 +52,12 @@ class HetLoRA(Method):
     def end(cls, visit: Visit) -> None:
         """Take the user's own scale off again, and prune where the tail has shrunk."""
         visit.local.update({name: visit.local[name] / scale(visit, name) for name in factors(visit)})
-        before, after = torch.zeros(()), torch.zeros(())
+        before = after = torch.zeros(())
         for A, B in ((pair.A, pair.B) for pair in pairs(factors(visit))):
             before = before + norm(visit.received[A] * tail(visit, A)) * norm(visit.received[B] * tail(visit, B))
             after = after + norm(visit.local[A] * tail(visit, A)) * norm(visit.local[B] * tail(visit, B))
-        ranks = rank(visit)
-        cut = torch.where(after < before, ranks - (visit.options["gamma"] * ranks).floor().clamp(min=1), 0.0)
+        ranks, gamma = rank(visit), visit.options["gamma"]
+        cut = torch.where(after < before, ranks - (gamma * ranks).floor().clamp(min=1), 0.0)
         for name in factors(visit):
             visit.memory[f"cut.{name}"] = visit.memory[f"cut.{name}"] + cut
 
@@ -67,8 +67,7 @@ class HetLoRA(Method):
         result, found = mean(replies), pairs(replies[0])
         norms = [np.sqrt(sum(np.sum((one[p.B] @ one[p.A]) ** 2) for p in found)) for one in replies]
         for name in (name for pair in found for name in pair[1:3]):
-            weights = norms if any(norms) else None
-            result[name] = np.average(stack(replies, name), axis=0, weights=weights).astype(np.float32)
+            result[name] = np.average(stack(replies, name), 0, norms if any(norms) else None).astype(np.float32)
         return result
 
 
