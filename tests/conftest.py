@@ -67,6 +67,36 @@ def random_tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_tiny_bert(tmp_path_factory.mktemp("random-tiny-bert"))
 
 
+def save_random_tiny_llama(folder: Path, layers: int = 3, width: int = 32, seed: int = 7) -> Path:
+    """Write a random (untrained) Llama of a few thousand parameters with a word-level vocabulary."""
+    import tokenizers
+    import transformers
+
+    words = ["<unk>", "<end>", "\n", *sorted({w for topic in TOPICS.values() for w in topic})]
+    model = tokenizers.models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Split("\n", "isolated"), tokenizers.pre_tokenizers.Split(" ", "removed")]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=2 * width, max_position_embeddings=64, initializer_range=0.2,
+        tie_word_embeddings=True, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of a random tiny causal language model (3 layers, width 32)."""
+    return save_random_tiny_llama(tmp_path_factory.mktemp("random-tiny-llama"))
+
+
 @pytest.fixture(scope="session")
 def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache directory for frozen features of tiny models; assets are not fetched into it."""

@@ -127,7 +127,11 @@ def test_the_table_is_consistent() -> None:
     for name, asset in assets.ASSETS.items():
         assert assets.get(name) == asset
         assert re.fullmatch(r"[0-9a-f]{64}", asset.sha256)
-        assert any(member.startswith(asset.root) for member in asset.members)
+        assert any(file.startswith(asset.root) for file in asset.kept)
+        if asset.conversion is not None:
+            assert re.fullmatch(r"[0-9a-f]{64}", asset.conversion.weights_sha256)
+            assert len(asset.members) == 1
+            assert not asset.conversion.tokenizer or assets.get(asset.conversion.tokenizer).conversion is None
     with pytest.raises(ValueError, match="neither a wheel nor"):
         replace(asset, filename="archive.rar")
 

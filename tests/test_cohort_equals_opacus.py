@@ -167,7 +167,7 @@ def record_gradients(model: CohortModel, parameters: Parameters, step: Step) -> 
     try:
         owners = torch.from_numpy(step.owners)
         contexts = model.contexts(step.rows, owners)
-        model.task.loss(model.scores(contexts, step.rows, owners)).sum().backward()
+        model.losses(contexts, step.rows, owners).sum().backward()
         return {name: layer.weight.grad_sample.clone() for name, layer in model.layers.items()}
     finally:
         hooks.cleanup()

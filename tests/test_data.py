@@ -80,7 +80,7 @@ def test_a_tie_counts_against_the_truth() -> None:
 
     task = ReplyRanking(load_config(None, []).task)
     scores = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [float("nan"), 0.0, 0.0], [0.0, 1.0, 2.0]])
-    found = task.metrics(scores)
+    found = task.metrics(scores, torch.zeros(len(scores)))
     assert found["accuracy"].tolist() == [0, 1, 0, 0]
     assert found["mrr"].tolist() == pytest.approx([1 / 2, 1, 1 / 3, 1 / 3])
 

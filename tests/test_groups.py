@@ -148,7 +148,7 @@ def test_a_cohort_is_its_clients_in_every_group(small: Tiny, link: Link) -> None
     hooks = GradSampleHooks(model, loss_reduction="sum")
     try:
         contexts = model.contexts(rows, owners)
-        model.task.loss(model.scores(contexts, rows, owners)).sum().backward()
+        model.losses(contexts, rows, owners).sum().backward()
         found = {name: layer.weight.grad_sample for name, layer in model.layers.items()}
     finally:
         hooks.cleanup()

@@ -104,7 +104,7 @@ def test_the_observed_update_is_the_records_gradient_scaled_to_the_clip(deep: Ti
     model.load(model.broadcast(4, shared))
     rows, owners = np.arange(4), torch.arange(4)
     weights = {name: model.layers[name].weight.requires_grad_() for name in shared}
-    losses = model.task.loss(model.scores(model.contexts(rows, owners), rows, owners))
+    losses = model.losses(model.contexts(rows, owners), rows, owners)
     expected = dict(zip(weights, torch.autograd.grad(losses.sum(), list(weights.values())), strict=True))
     norms = torch.sqrt(sum(((g.flatten(1) ** 2).sum(dim=1) for g in expected.values()), torch.zeros(4)))
     assert (norms > 0.01).any()

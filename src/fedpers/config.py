@@ -60,6 +60,45 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)  # an input may be the secret
 
 
+class ColumnsConfig(Section):
+    """Which columns of the user's own files hold what."""
+
+    user: str = "user"
+    input: str | None = "input"  # null: there is none, such as where a language model learns texts as they are
+    target: str = "target"
+    time: str | None = None  # when a record was made; without it the order in the files counts
+    id: str | None = None  # distinct for each record; by default user and number
+    conversation: str | None = None  # what must not be split between training and test, across users too
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) else value
+
+
+class LampConfig(Section):
+    """Which part of LaMP (Salemi et al., ACL 2024), and how its profiles are used."""
+
+    task: Annotated[Literal["1", "2", "2-news", "3", "4", "5", "6", "7"], BeforeValidator(_text)] = "3"
+    split: Literal["user", "time"] = "user"  # user: each question is a person of its own; time: `user_id` says whose
+    part: Literal["train", "dev"] = "dev"  # whose questions are the test; those of LaMP's test part have no answers
+    form: Literal["prompt", "text"] = "prompt"  # inputs as the benchmark words them, or the bare text
+    retrieve: int = Field(0, ge=0, le=16)  # earlier items of the same user put before each input
+    retriever: Literal["bm25", "recency"] = "bm25"
+    history: float = Field(0.5, gt=0, lt=1)  # with retrieve: earliest share of a profile that is retrieved from alone
+    tokenizer: str | None = None  # with retrieve: the backbone, by whose tokens the prompt is kept to max_tokens
+
+    @model_validator(mode="after")
+    def _counted(self) -> LampConfig:
+        if self.retrieve and self.tokenizer is None:
+            raise ValueError(
+                "retrieve > 0 needs data.lamp.tokenizer, the backbone's name or folder: retrieved items must leave "
+                "room for the question within data.max_tokens"
+            )
+        if self.retrieve and self.form == "text":
+            raise ValueError("retrieve > 0 needs form=prompt, in which the benchmark words retrieved items")
+        return self
+
+
 class DataConfig(Section):
     """Whose records, and how many of them."""
 
@@ -71,6 +110,12 @@ class DataConfig(Section):
     max_train: int = Field(60, ge=1)  # records per user; bounds what one heavy user costs and shapes
     max_test: int = Field(40, ge=1)
     max_tokens: int = Field(48, ge=4, le=512)
+    path: str | None = None  # files: a file, folder, pattern or hub:owner/name; lamp: the folder of its JSON files
+    columns: ColumnsConfig = ColumnsConfig()  # files
+    test_share: float = Field(0.3, gt=0, lt=1)  # files: the last share of each user's records is for testing
+    skip_bad: bool = False  # files, lamp: leave unusable records out and count them, instead of stopping at the first
+    pool: bool = False  # files: the people whose id says "pool" are no members; their targets are the public texts
+    lamp: LampConfig = LampConfig()
 
     @model_validator(mode="after")
     def _caps(self) -> DataConfig:
@@ -86,7 +131,10 @@ class TaskConfig(Section):
 
     name: str = "reply-ranking"
     candidates: int = Field(10, ge=2, le=100)  # the true reply and so many minus one others
-    scale: Positive = 20.0  # inverse temperature of the scores
+    scale: Positive | None = None  # what a head multiplies its products by; by default the task's own number
+    low: float = 1.0  # rating: the public scale
+    high: float = 5.0
+    labels: tuple[str, ...] = ()  # classification: the public list of labels
 
 
 class AdapterConfig(Section):
@@ -344,10 +392,15 @@ def _keys_at(path: Sequence[str]) -> list[str]:
 def result_text(config: Config) -> str:
     """Return what the results of a run depend on, as text: the configuration without how it is run and looked at.
 
-    Of a backbone's path the last part counts, since where a folder lies changes nothing.
+    Of the backbone's and the data's path the last part counts, since where a folder lies changes nothing.
     """
     name = config.model.backbone.rstrip("/").rpartition("/")[2]
-    named = config.model_copy(update={"model": config.model.model_copy(update={"backbone": name})})
+    path = config.data.path and config.data.path.rstrip("/").rpartition("/")[2]
+    parts = {
+        "model": config.model.model_copy(update={"backbone": name}),
+        "data": config.data.model_copy(update={"path": path}),
+    }
+    named = config.model_copy(update=parts)
     return named.model_dump_json(exclude={"name": True, "engine": True, "evaluation": True, "frontier": True,
                                           "privacy": {"secret"}})  # fmt: skip
 

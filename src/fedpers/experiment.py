@@ -101,7 +101,7 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
     swap = None
     if own_plan.personal:
         try:
-            swap = swap_partners(federation.users, federation.partners, seed_key(config.seed))
+            swap = swap_partners(federation.users, federation.partners, seed_key(config.seed), federation.swap)
         except ValueError as error:
             raise DataError(f"data {federation.source}: {error}; raise data.users.") from error
     return Experiment(config, own_plan, local_plan, guarantee, federation, examples, task, swap)
@@ -158,7 +158,7 @@ def check_separate(model: CohortModel) -> None:
 
     def losses(part: Index) -> torch.Tensor:
         owner = torch.from_numpy(owners[part])
-        return model.task.loss(model.scores(model.contexts(rows[part], owner), rows[part], owner))
+        return model.losses(model.contexts(rows[part], owner), rows[part], owner)
 
     with torch.no_grad():
         together = losses(np.arange(len(rows)))
@@ -198,7 +198,8 @@ def identity(experiment: Experiment, model: CohortModel) -> str:
     digest = hashlib.sha256()
     for part in (examples.users, examples.ids, examples.inputs, examples.texts):
         digest.update(repr(part).encode())
-    digest.update(examples.candidates.tobytes())
+    digest.update(examples.candidates.tobytes() + examples.targets.tobytes())
+    digest.update(repr(examples.continuations).encode())
     for kind in (experiment.plan.method, type(experiment.task)):
         digest.update(_source(kind).encode())
     for rows in examples.train:

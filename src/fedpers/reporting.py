@@ -87,8 +87,11 @@ def describe_round(row: dict[str, Any]) -> str:
     parts = [f"{row['clients']} clients"]
     if row.get("train_loss") is not None:
         parts.append(f"loss {row['train_loss']:.3f}")
-    if row.get("global_accuracy") is not None:
-        parts.append(f"global accuracy {row['global_accuracy']:.3f}")
+    parts += [
+        f"{name.replace('_', ' ', 1)} {value:.3f}"
+        for name, value in row.items()
+        if name.startswith("global_") and value is not None
+    ]
     if row.get("clients_per_second") is not None:
         parts.append(f"{row['clients_per_second']:.1f} clients/s")
     epsilon = row.get("epsilon")

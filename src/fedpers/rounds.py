@@ -124,7 +124,7 @@ def _row(number: int, clients: Clients, report: RoundReport, epsilon: float) -> 
         noise = _norms(made)
     for family in FAMILIES:
         row[f"signal_{family}"], row[f"noise_{family}"] = signal.get(family), noise.get(family)
-    return row | {"global_accuracy": None, "own_accuracy": None}
+    return row
 
 
 def _norms(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
@@ -136,15 +136,15 @@ def _norms(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
 
 
 def _measure(experiment: Experiment, clients: Clients, shared: Arrays) -> dict[str, float]:
-    """Mean accuracy over users of the shared model and, if personal state moves in the rounds, of the users' own."""
-    users = range(len(experiment.examples.users))
+    """The task's metric of the shared model, averaged over users, and of the users' own if they move in the rounds."""
+    users, task = range(len(experiment.examples.users)), experiment.task
     kinds = {"global": evaluation.common(clients.model, clients.layout.common(shared), "shared")}
     if experiment.plan.moves_personal_state:
         kinds["own"] = evaluation.own(clients, shared, clients.store)
     found = evaluation.measure(clients.model, users, kinds)
     return {
-        f"{kind}_accuracy": float(
-            np.mean([user["accuracy"] for user in evaluation.per_user(r, experiment.examples, users)])
+        f"{kind}_{task.metric}": float(
+            np.mean([user[task.metric] for user in evaluation.per_user(task, r, experiment.examples, users)])
         )
         for kind, r in found.items()
     }

@@ -33,26 +33,24 @@ from fedpers.rounds import federate
 from fedpers.run_directory import RunDirectory
 
 Arrays = dict[str, NDArray[np.float32]]
-ROUNDS = pa.schema(
-    [
-        ("round", pa.int64()),
-        ("clients", pa.int64()),
-        ("train_loss", pa.float64()),
-        ("epsilon", pa.float64()),
-        ("global_accuracy", pa.float64()),
-        ("own_accuracy", pa.float64()),
-        *(
-            (name, pa.int64())
-            for name in ("records_clipped", "records_nonfinite", "updates_clipped", "updates_nonfinite")
-        ),
-        ("median_update_norm", pa.float64()),
-        *((f"{what}_{group}", pa.float64()) for what in ("signal", "noise") for group in FAMILIES),
-        ("aggregation_error", pa.float64()),
-        ("effective_rank", pa.float64()),
-        ("bytes_up", pa.int64()),
-        ("bytes_down", pa.int64()),
-    ]
+COLUMNS = (
+    ("round", pa.int64()),
+    ("clients", pa.int64()),
+    ("train_loss", pa.float64()),
+    ("epsilon", pa.float64()),
+    *((name, pa.int64()) for name in ("records_clipped", "records_nonfinite", "updates_clipped", "updates_nonfinite")),
+    ("median_update_norm", pa.float64()),
+    *((f"{what}_{group}", pa.float64()) for what in ("signal", "noise") for group in FAMILIES),
+    ("aggregation_error", pa.float64()),
+    ("effective_rank", pa.float64()),
+    ("bytes_up", pa.int64()),
+    ("bytes_down", pa.int64()),
 )
+
+
+def rounds_schema(metric: str) -> pa.Schema:
+    """Return the columns of rounds.parquet; the metric is of the shared and of the users' own models."""
+    return pa.schema([*COLUMNS, *((f"{kind}_{metric}", pa.float64()) for kind in ("global", "own"))])
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,9 @@ def simulate(
     kinds = _train_at_home(experiment, clients, shared, directory, reporter)
     found = evaluation.measure(model, users, kinds)
 
-    table = users_table(evaluation.rows(found, experiment.examples, users, config.seed))
-    rounds = pa.Table.from_pylist(history, schema=ROUNDS)
+    task = experiment.task
+    table = users_table(evaluation.rows(task, found, experiment.examples, users, config.seed), task.columns)
+    rounds = pa.Table.from_pylist(history, schema=rounds_schema(task.metric))
     write_table(table, directory.path / "users.parquet")
     write_table(rounds, directory.path / "rounds.parquet")
     if shared:
@@ -142,11 +141,12 @@ def simulate(
         model.save_shared(place, clients.layout.common(shared))
         for version in range(clients.layout.clusters):
             model.save_shared(place.with_name(f"cluster{version}"), clients.layout.version(shared, version))
-    result = summarize(table, metric=experiment.task.metric, seed=config.seed)
+    result = summarize(table, metric=task.metric, seed=config.seed, higher_is_better=task.higher_is_better)
     references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
     label = f"{claim.label()}; the metrics are measured without noise"
-    learning_curve(rounds, references, label, directory.figures)
-    per_user_gain(table, label, directory.figures, against="global" if experiment.plan.personal else "zero_shot")
+    learning_curve(rounds, references, label, directory.figures, task.metric)
+    against = "global" if experiment.plan.personal else "zero_shot"
+    per_user_gain(table, label, directory.figures, against, task.metric, higher_is_better=task.higher_is_better)
     if config.frontier is not None:
         cells = frontier.draw(
             config, directory.path, (claim, result, forecast), refused,
@@ -246,7 +246,20 @@ def _summary(
         "users": len(experiment.examples.users),
         "rounds": len(history),
         "claim": claim.label(),
-        **{key: result[key] for key in ("metrics", "helped", "tied", "harmed", "p_value", "comparisons", "reading")},
+        **{
+            key: result[key]
+            for key in (
+                "metric",
+                "higher_is_better",
+                "metrics",
+                "helped",
+                "tied",
+                "harmed",
+                "p_value",
+                "comparisons",
+                "reading",
+            )
+        },
         "noise_to_update": _noise_to_update(history),
         "aggregation_error": _median(history, "aggregation_error"),
         "effective_rank": history[-1]["effective_rank"] if history else None,

@@ -235,6 +235,10 @@ def _canary(federation: Federation, key: bytes, name: str) -> Record:
     No model has learnt it, so its gradient is long.
     """
     rng, pool = generator(key, "canary", name), federation.pool
+    if not pool:
+        raise ConfigError(
+            f"data {federation.source}: record canaries are made of the words of a public pool, which is empty here."
+        )
     words = [word for place in rng.integers(len(pool), size=WORDS) for word in pool[place].text.split()]
     shuffled = [words[place] for place in rng.permutation(len(words))[:WORDS]]
     return Record(name, name, " ".join(shuffled), pool[int(rng.integers(len(pool)))].text)

@@ -89,7 +89,9 @@ def _audits(config: Config, reporter: Reporter) -> Sequence[tuple[str, Callable[
     found: list[tuple[str, Callable[[], list[Finding]]]] = []
     noised = not math.isinf(config.privacy.epsilon) or config.privacy.noise_multiplier is not None
     unit = config.privacy.unit
-    if unit != "none":
+    if unit == "record" and not prepare(config).federation.pool:
+        reporter.message("no record canaries: they are made of the words of a public pool, which these data have not")
+    elif unit != "none":
         canaries: _Canaries = user_canary_audit if unit == "user" else record_canary_audit
         found.append((f"{unit} canaries", lambda: canaries(config, reporter=reporter)))
         if SPEAKS < config.privacy.epsilon < math.inf:
@@ -118,7 +120,8 @@ def _timed(name: str, reporter: Reporter, work: Callable[[], list[Finding]]) -> 
 
 def _can_invert(config: Config) -> bool:
     """Whether a LoRA update leaves the clients and inversion has a clip to try noise with."""
-    return "adapter" in config.share and config.privacy.clip is not None and config.rounds > 0
+    ranks = config.task.name == "reply-ranking"  # whose loss the attacks know
+    return ranks and "adapter" in config.share and config.privacy.clip is not None and config.rounds > 0
 
 
 def inversion_setup(config: Config) -> Config:

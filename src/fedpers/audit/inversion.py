@@ -113,6 +113,8 @@ def _check(config: Config, records: int, noise_multiplier: float | None, iterati
     if records < 1 or iterations < 1 or (noise_multiplier is not None and not 0 < noise_multiplier < math.inf):
         raise ConfigError(f"inversion: records={records} and iterations={iterations} must be at least 1, and "
                           f"noise_multiplier={noise_multiplier} positive and finite.")  # fmt: skip
+    if config.task.name != "reply-ranking":
+        raise ConfigError(f"task.name = {config.task.name!r}: inversion knows the loss of reply-ranking alone.")
     if config.privacy.clip is None:
         raise ConfigError("privacy.clip is not set, and inversion with DP needs it; set the bound on one record.")
     if config.local.optimizer != "sgd":

@@ -61,7 +61,7 @@ def match_updates(
         for _ in range(iterations):
             model.owners.set(owners)
             contexts = pool(model.backbone.above(dummy, mask, 0), mask)
-            loss = model.task.loss(model.scores(contexts, np.asarray(rows), owners)).sum()
+            loss = model.losses(contexts, np.asarray(rows), owners).sum()
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
             penalty = (unlikely(dummy) * mask).sum(dim=1) / lengths
             objective = (1 - _similarity(gradients, list(observed.values())) + penalty).sum()

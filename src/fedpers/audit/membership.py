@@ -189,7 +189,7 @@ def record_losses(model: CohortModel, parameters: Parameters, rows: Sequence[Row
     flat = np.concatenate(rows)
     owners = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
     scores = model.scores(model.all_contexts(flat, owners), flat, torch.from_numpy(owners))
-    return np.asarray(model.task.loss(scores.double()).numpy())
+    return np.asarray(model.task.loss(scores.double(), model.targets(flat)).numpy())
 
 
 def record_epsilon(ledger: Ledger) -> float:

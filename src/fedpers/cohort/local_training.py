@@ -173,7 +173,7 @@ def _fixed_contexts(model: CohortModel, train: Sequence[str], steps: Sequence[St
 def _losses(model: CohortModel, step: Step, part: Index, contexts: Tensor | None) -> Tensor:
     rows, owners = step.rows[part], torch.from_numpy(step.owners[part])
     context = model.contexts(rows, owners) if contexts is None else contexts[torch.from_numpy(part)]
-    return model.task.loss(model.scores(context, rows, owners))
+    return model.losses(context, rows, owners)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from fedpers.cohort.prefix_cache import Embedded, Prefix, Progress
 from fedpers.config import Config, expand
 from fedpers.models import adapters
 from fedpers.models.array_names import GATE, HEAD, SECOND, array_name, group_of
-from fedpers.models.backbone import Backbone, Tokens, pool, public_name
+from fedpers.models.backbone import Backbone, Tokens, next_tokens, public_name
 from fedpers.privacy.randomness import Part, generator
-from fedpers.tasks.base import Examples, Task, gather
+from fedpers.tasks.base import Batch, Examples, Task, gather
 
 Parameters = dict[str, Tensor]  # by array name, each (clients, out, in)
 Link = Literal["linear", "sigmoid"]
@@ -82,8 +82,11 @@ class CohortModel(nn.Module):
         self.backbone: Backbone = backbone
         self.fingerprint: str = backbone.fingerprint() if donor is None else donor.fingerprint  # before LoRA is placed
         # Frozen features come first: they are computed on the plain backbone.
-        inputs = backbone.tokenize(examples.inputs, config.data.max_tokens)
-        if donor is None:
+        inputs = task.tokenize(backbone, examples, config.data.max_tokens)
+        self.inputs = inputs
+        if task.causal:
+            self.candidates = torch.zeros(0, backbone.width)
+        elif donor is None:
             texts = backbone.tokenize(examples.texts, config.data.max_tokens)
             self.candidates = Embedded(backbone, texts, budget, progress, "candidates").vectors
         else:
@@ -99,8 +102,11 @@ class CohortModel(nn.Module):
         layers: dict[str, Layer] = {}
         self.prefix: Prefix | None = None
         self.frozen_contexts: Tensor | None = None
+        self.layer: int = backbone.depth  # the lowest block that may move; at the depth, none does
         if adapt:
             layers = self._adapt(config, inputs, expand(extra), progress)
+        elif task.causal:
+            self.prefix = Prefix(backbone, inputs, backbone.depth, budget, progress)
         elif donor is None:
             self.frozen_contexts = Embedded(backbone, inputs, budget, progress, "contexts").vectors
         else:
@@ -123,7 +129,13 @@ class CohortModel(nn.Module):
         """Compute what is frozen, then place the adapters and the extra groups; returns their layers by array name."""
         backbone, budget = self.backbone, config.engine.token_budget
         if "gate" in extra:
-            self.features = Embedded(backbone, inputs, budget, progress, "contexts").vectors
+            # Of a language model what comes before the words to predict: a gate must not read the answer.
+            read = (
+                Tokens(tuple(ids[:start] for ids, start in zip(inputs.ids, inputs.starts, strict=True)))
+                if (inputs.starts)
+                else inputs
+            )
+            self.features = Embedded(backbone, read, budget, progress, "contexts").vectors
         self.layer = backbone.depth - config.model.adapter.layers
         if self.layer >= 0:
             backbone.check_split(self.layer)
@@ -167,14 +179,19 @@ class CohortModel(nn.Module):
             layer.weight.grad = None
 
     def contexts(self, rows: Index, owners: Tensor) -> Tensor:
-        """Encode the inputs of rows as their owners' models do; unit vectors (records, width)."""
+        """Encode the inputs of rows as their owners' models do, as the task wants it: by default unit vectors
+        (records, width).
+        """
         if self.prefix is None:
             assert self.frozen_contexts is not None
             return self.frozen_contexts[torch.from_numpy(rows)]
         hidden, mask = self.prefix.batch(rows)
+        longest = int(self.lengths.max())
+        if self.layer == self.backbone.depth:
+            return self.task.context(hidden, mask, longest)
         self.owners.set(owners)
         with self._mixed(rows):
-            return pool(self.backbone.above(hidden, mask, self.layer), mask)
+            return self.task.context(self.backbone.above(hidden, mask, self.layer), mask, longest)
 
     @contextmanager
     def _mixed(self, rows: Index) -> Iterator[None]:
@@ -197,17 +214,35 @@ class CohortModel(nn.Module):
             layer.scaling.update({"default": first, SECOND: second})
 
     def scores(self, contexts: Tensor, rows: Index, owners: Tensor) -> Tensor:
-        """Apply the owners' heads: scores (records, candidates)."""
+        """Apply the owners' heads: scores (records, ...), as the task makes them."""
         self.owners.set(owners)
-        scores: Tensor = self.head(contexts, gather(self.candidates, self.examples.candidates[rows]))
-        return scores
+        batch = Batch(
+            lambda: gather(self.candidates, self.examples.candidates[rows]),
+            lambda: next_tokens(self.inputs, rows, contexts.shape[1]),
+            lambda: self.backbone.vocabulary,
+        )
+        return self.task.scores(self.head, contexts, batch)
+
+    def losses(self, contexts: Tensor, rows: Index, owners: Tensor) -> Tensor:
+        """Return the loss of each record, (records,)."""
+        return self.task.loss(self.scores(contexts, rows, owners), self.targets(rows))
+
+    def metrics(self, contexts: Tensor, rows: Index, owners: Tensor) -> Mapping[str, Tensor]:
+        """Return what the task measures on each record, each (records,)."""
+        return self.task.metrics(self.scores(contexts, rows, owners), self.targets(rows))
+
+    def targets(self, rows: Index) -> Tensor:
+        """Return the numbers to predict, (records,); zeros for a task without."""
+        targets = self.examples.targets
+        return torch.from_numpy(targets[rows]) if len(targets) else torch.zeros(len(rows))
 
     @torch.no_grad()
     def all_contexts(self, rows: Index, owners: NDArray[np.int64]) -> Tensor:
         """Encode many rows without gradients, cut by the token budget; (records, width) in the order of rows."""
         if self.prefix is None:
             return self.contexts(rows, torch.from_numpy(owners))
-        result = torch.empty(len(rows), self.backbone.width)
+        tokens = (int(self.lengths.max()),) if self.task.causal else ()
+        result = torch.empty(len(rows), *tokens, self.backbone.width)
         for part in microbatches(self.lengths[rows], self.budget):
             result[torch.from_numpy(part)] = self.contexts(rows[part], torch.from_numpy(owners[part]))
         return result
@@ -223,10 +258,11 @@ class CohortModel(nn.Module):
         description = {
             "task": type(self.task).__name__,
             "backbone": public_name(self.backbone.name),
-            "pooling": "mean over tokens, then unit length",
+            "pooling": self.task.reads,
             "apply": (self.head.__doc__ or "").strip().partition("\n")[0],
-            "scale": self.task.config.scale,
+            "scale": self.task.scale,
         }
         if GATE in arrays:
             description["link"] = self.link
-        adapters.save(directory, arrays, self.lora, description)
+        inner = str(self.backbone.model.base_model_prefix) if self.task.causal else ""
+        adapters.save(directory, arrays, self.lora, description, inner)

@@ -42,14 +42,18 @@ class Embedded:
 
 
 class Prefix:
-    """Hidden states that block `layer` reads, for every record; ragged, kept flat as (all tokens, width)."""
+    """Hidden states that block `layer` reads, for every record; ragged, kept flat as (all tokens, width).
+
+    With `layer` at the backbone's depth they are what the whole backbone gives.
+    """
 
     def __init__(self, backbone: Backbone, tokens: Tokens, layer: int, budget: int, progress: Progress) -> None:
         self.lengths: Index = tokens.lengths.numpy()
         self.offsets: Index = np.concatenate([[0], np.cumsum(self.lengths)])
 
         def fill(out: NDArray[np.float32], rows: Index, ids: Tensor, mask: Tensor) -> None:
-            hidden = backbone.below(ids, mask, layer).numpy()
+            whole = layer == backbone.depth
+            hidden = (backbone.last(ids, mask) if whole else backbone.below(ids, mask, layer)).numpy()
             for place, row in enumerate(rows):
                 out[self.offsets[row] : self.offsets[row + 1]] = hidden[place, : self.lengths[row]]
 

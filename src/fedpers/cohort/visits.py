@@ -118,8 +118,7 @@ def _choose(
         version = {n: wire[f"cluster{place}.{n}"] for n in layout.shared}
         model.load(model.broadcast(len(cohort), version) | personal)
         with torch.no_grad():
-            scores = model.scores(model.all_contexts(rows, owners), rows, torch.from_numpy(owners))
-            found = model.task.loss(scores).double().numpy()
+            found = model.losses(model.all_contexts(rows, owners), rows, torch.from_numpy(owners)).double().numpy()
         losses.append(np.bincount(owners, np.nan_to_num(found, nan=np.inf), len(cohort)))
     return np.asarray(np.argmin(losses, axis=0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fedpers.config import Config, DataConfig
 from fedpers.errors import DataError
@@ -46,6 +47,7 @@ class Federation:
     partners: tuple[frozenset[int], ...]  # positions of the users that share a conversation with users[u]
     counts: dict[str, int] = field(default_factory=dict)  # skipped and capped, for the simulator's eyes
     facts: tuple[str, ...] = ()  # what a claim about this federation has to leave out, with numbers
+    swap: tuple[frozenset[int], ...] | None = None  # whose personal state users[u] may try; by default anybody's
 
     def check(self) -> Federation:
         """Return self if train and test are disjoint by record and by conversation, and the pool is from outside.
@@ -76,6 +78,12 @@ class Federation:
 
 class Source(ABC):
     """A data source: one file in `fedpers/data`, found by its name."""
+
+    about: ClassVar[str] = ""  # in one line, what it is
+    licence: ClassVar[str] = ""
+    citation: ClassVar[str] = ""  # authors, title, venue and year
+    split: ClassVar[str] = ""  # in one line, how training and test records are told apart
+    tasks: ClassVar[tuple[str, ...]] = ()  # what can be learnt from it; the first is what is usually meant
 
     @abstractmethod
     def load(self, config: DataConfig, key: bytes) -> Federation:

@@ -15,7 +15,7 @@ from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.plan import Plan, encodes
 from fedpers.privacy.randomness import order
-from fedpers.tasks.base import Examples
+from fedpers.tasks.base import Examples, Task
 
 Arrays = Mapping[str, NDArray[np.float32]]
 PerRecord = dict[str, NDArray[np.float64]]  # metric -> (records,)
@@ -94,18 +94,18 @@ def measure(
                 encoded.append(context)
             done += len(rows)
             with torch.no_grad():
-                parts.append(model.task.metrics(model.scores(context, rows, torch.from_numpy(owners))))
+                parts.append(model.metrics(context, rows, torch.from_numpy(owners)))
         if encoded:
             contexts[kind.adapter] = torch.cat(encoded)
         found[name] = {m: torch.cat([part[m] for part in parts]).double().numpy() for m in parts[0]}
     return found
 
 
-def per_user(records: PerRecord, examples: Examples, users: Sequence[int]) -> list[dict[str, float]]:
-    """Average each user's records; one dictionary per user."""
+def per_user(task: Task, records: PerRecord, examples: Examples, users: Sequence[int]) -> list[dict[str, float]]:
+    """Return the task's metrics of each user's records; one dictionary per user."""
     edges = np.cumsum([0, *(len(examples.test[user]) for user in users)])
     return [
-        {metric: float(values[edges[i] : edges[i + 1]].mean()) for metric, values in records.items()}
+        task.of_user({metric: values[edges[i] : edges[i + 1]] for metric, values in records.items()})
         for i in range(len(users))
     ]
 
@@ -113,19 +113,18 @@ def per_user(records: PerRecord, examples: Examples, users: Sequence[int]) -> li
 def shared_metrics(clients: Clients, users: Sequence[int], shared: Arrays) -> list[dict[str, float]]:
     """Metrics of the shared model for each user."""
     found = measure(clients.model, users, {"global": common(clients.model, clients.layout.common(shared), "shared")})
-    return per_user(found["global"], clients.model.examples, users)
+    return per_user(clients.model.task, found["global"], clients.model.examples, users)
 
 
 def rows(
-    found: Mapping[str, PerRecord], examples: Examples, users: Sequence[int], seed: int
+    task: Task, found: Mapping[str, PerRecord], examples: Examples, users: Sequence[int], seed: int
 ) -> list[dict[str, int | float | str]]:
     """Return the rows of the users table: a row per user and kind."""
     table: list[dict[str, int | float | str]] = []
-    own = found["own"]["accuracy"] > 0.5
     edges = np.cumsum([0, *(len(examples.test[user]) for user in users)])
     for kind, records in found.items():
-        other = records["accuracy"] > 0.5
-        for place, (user, metrics) in enumerate(zip(users, per_user(records, examples, users), strict=True)):
+        only_own, only_other = _one_is_better(found["own"], records)
+        for place, (user, metrics) in enumerate(zip(users, per_user(task, records, examples, users), strict=True)):
             part = slice(edges[place], edges[place + 1])
             table.append(
                 {
@@ -135,21 +134,41 @@ def rows(
                     "test_records": len(examples.test[user]),
                     "train_records": len(examples.train[user]),
                     **metrics,
-                    "only_own": int((own[part] & ~other[part]).sum()),
-                    "only_other": int((~own[part] & other[part]).sum()),
+                    "only_own": int(only_own[part].sum()),
+                    "only_other": int(only_other[part].sum()),
                 }
             )
     return table
 
 
-def swap_partners(users: Sequence[str], met: Sequence[frozenset[int]], key: bytes) -> list[int]:
+def _one_is_better(own: PerRecord, other: PerRecord) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Records that own alone, or the other alone, gets right; of a task without right and wrong: with less loss."""
+    if "accuracy" in own:
+        right, theirs = own["accuracy"] > 0.5, other["accuracy"] > 0.5
+        return right & ~theirs, ~right & theirs
+    return own["loss"] < other["loss"], own["loss"] > other["loss"]
+
+
+def swap_partners(
+    users: Sequence[str], met: Sequence[frozenset[int]], key: bytes, pools: Sequence[frozenset[int]] | None = None
+) -> list[int]:
     """Choose for each user somebody else whose personal state to try: never oneself, never a conversation partner.
 
-    Somebody who talked with everyone else gets a stranger nowhere; then ValueError is raised.
+    Args:
+        users: names.
+        met: positions of each user's conversation partners.
+        key: public key of the choice.
+        pools: positions of those among whom each user's partner is chosen, where not anybody will do.
+
+    Somebody for whom nobody is left gets a stranger nowhere; then ValueError is raised.
     """
     chosen = []
     for user, name in enumerate(users):
-        candidates = [other for other in order(key, ("swap", name), users) if other != user and other not in met[user]]
+        candidates = [
+            other
+            for other in order(key, ("swap", name), users)
+            if other != user and other not in met[user] and (pools is None or other in pools[user])
+        ]
         if not candidates:
             raise ValueError(f"user {user} has met every other member, so no swap control is possible")
         chosen.append(int(candidates[0]))

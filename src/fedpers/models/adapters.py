@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Collection, Mapping
@@ -20,6 +21,7 @@ from fedpers.models.array_names import SECOND, base_name, group_of, pairs
 from fedpers.models.backbone import Backbone, public_name
 
 Arrays = Mapping[str, NDArray[np.float32]]
+_STEM = "base_model.model."  # of PEFT's keys, before the path in the adapted model
 BESIDE = {  # what is saved beside PEFT's files, each in a file of this name, and how it is applied
     SECOND: "the factors of a second adapter of the same configuration, whose output is added; with a gate g the first "
     "adapter's output is scaled by 1 - g, the second's by g",
@@ -117,11 +119,19 @@ def lora_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
 
 
-def save(directory: Path, arrays: Arrays, lora: Any | None, head: Mapping[str, object]) -> None:
+def save(directory: Path, arrays: Arrays, lora: Any | None, head: Mapping[str, object], inner: str = "") -> None:
     """Write PEFT's adapter_config.json and adapter_model.safetensors, and a head with a JSON that says how to apply it.
 
     `peft.PeftModel.from_pretrained` loads the directory without fedpers. What PEFT's files cannot hold (BESIDE) lies
     beside the head, and its JSON says how it is applied.
+
+    Args:
+        directory: where.
+        arrays: by their names in the model that `place` returned.
+        lora: its LoRA configuration.
+        head: further lines of the JSON.
+        inner: of a causal language model, the attribute of transformers' `AutoModelForCausalLM` that holds the adapted
+            `AutoModel`; modules are then named from the former, which PEFT adapts.
 
     Raises:
         ConfigError: one factor of a LoRA module without the other, factors without `lora`, or companions of arrays.
@@ -138,12 +148,13 @@ def save(directory: Path, arrays: Arrays, lora: Any | None, head: Mapping[str, o
         if lora is None or missing:
             lacks = "its LoRA configuration" if lora is None else ", ".join(sorted(missing))
             raise ConfigError(f"{directory}: an adapter without {lacks} cannot be saved; PEFT could not load it.")
-        lora.save_pretrained(str(directory))
-        save_file(adapter, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        _outside(lora, inner).save_pretrained(str(directory))
+        save_file(_renamed(adapter, _STEM, _stem(inner)), directory / "adapter_model.safetensors", {"format": "pt"})
     for part, group in parts.items():
-        save_file(group, directory / f"{part}.safetensors")
+        save_file(_renamed(group, _STEM, _stem(inner)), directory / f"{part}.safetensors")
     save_file(heads, directory / "head.safetensors")
-    text = json.dumps({**head, **{part: BESIDE[part] for part in parts}}, indent=2, sort_keys=True)
+    about = {**head, **{part: BESIDE[part] for part in parts}} | ({"inner": inner} if inner else {})
+    text = json.dumps(about, indent=2, sort_keys=True)
     (directory / "head.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -153,10 +164,29 @@ def _part(name: str) -> str:
 
 
 def load(directory: Path) -> dict[str, NDArray[np.float32]]:
-    """Read the arrays that `save` wrote."""
+    """Read the arrays that `save` wrote, by the names that it was given."""
+    inner = json.loads((directory / "head.json").read_text(encoding="utf-8")).get("inner", "")
     arrays: dict[str, NDArray[np.float32]] = dict(load_file(directory / "head.safetensors"))
     for part in ("adapter_model", *BESIDE):
         path = directory / f"{part}.safetensors"
         if path.exists():
-            arrays.update(load_file(path))
+            arrays.update(_renamed(load_file(path), _stem(inner), _STEM))
     return arrays
+
+
+def _stem(inner: str) -> str:
+    return f"{_STEM}{inner}." if inner else _STEM
+
+
+def _renamed(arrays: Arrays, old: str, new: str) -> dict[str, NDArray[np.float32]]:
+    return {name.replace(old, new, 1): array for name, array in arrays.items()}
+
+
+def _outside(lora: Any, inner: str) -> Any:
+    """Return the configuration with modules named from outside of a causal language model, and PEFT's name for it."""
+    if not inner:
+        return lora
+    found = copy.copy(lora)
+    found.target_modules = {f"{inner}.{name}" for name in lora.target_modules}
+    found.task_type = "CAUSAL_LM"
+    return found

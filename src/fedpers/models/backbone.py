@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +30,7 @@ class Tokens:
     """Token ids of many texts, ragged."""
 
     ids: tuple[Tensor, ...]  # each (tokens,)
+    starts: tuple[int, ...] = ()  # position of the first token that is to be predicted; of a language model alone
 
     @property
     def lengths(self) -> Tensor:
@@ -72,6 +75,20 @@ class Backbone:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """Output embeddings (vocabulary, width), the input's where a language model ties them.
+
+        Raises ConfigError for a model that is no causal language model, or has separate output embeddings.
+        """
+        kind = type(self.model).__name__
+        if not getattr(self.model.config, "tie_word_embeddings", False) or getattr(
+            self.model.config, "is_encoder_decoder", False
+        ):
+            raise ConfigError(f"model.backbone {self.name!r}: {kind} does not tie its output to its input embeddings.")
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
 
     def fingerprint(self) -> str:
         """Return a hash of all weights, configuration and vocabulary: the key of what is cached about them."""
@@ -122,10 +139,15 @@ class Backbone:
             handle.remove()
         return output
 
+    def last(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the last hidden states (rows, tokens, width) by the backbone as it stands."""
+        with torch.no_grad():
+            output: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return output
+
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return unit-length text embeddings (rows, width) by the backbone as it stands."""
-        with torch.no_grad():
-            return pool(self.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        return pool(self.last(ids, mask), mask)
 
     def check_split(self, layer: int) -> None:
         """Run one text whole and in two parts; raises ConfigError when they differ (an architecture we cannot cut)."""
@@ -147,6 +169,15 @@ class Backbone:
             yield
         finally:
             setattr(self._parent, self._attribute, self.blocks)
+
+
+def next_tokens(tokens: Tokens, rows: NDArray[np.int64], width: int) -> Tensor:
+    """Return the token after each position, (rows, width); -1 where none is to be predicted, or beyond the text."""
+    found = torch.full((len(rows), width), -1, dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids, start = tokens.ids[row], tokens.starts[row]
+        found[place, start - 1 : len(ids) - 1] = ids[start:]
+    return found
 
 
 def public_name(name: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from fedpers.config import TaskConfig
 from fedpers.data.base import Federation, Record
+from fedpers.models.backbone import Backbone, Tokens, pool
 
 Rows = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,57 @@ class Examples:
     inputs: tuple[str, ...]  # (rows,)
     train: tuple[Rows, ...]
     test: tuple[Rows, ...]
-    texts: tuple[str, ...]  # what `candidates` points into; embedded once by the frozen backbone
-    candidates: NDArray[np.int64]  # (rows, candidates); column 0 is the truth
+    texts: tuple[str, ...] = ()  # what `candidates` points into; embedded once by the frozen backbone
+    # (rows, candidates), column 0 is the truth; of a task without candidates (0, 0)
+    candidates: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    # (rows,) the number to predict: a rating, the place of a label; of a task without one (0,)
+    targets: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    continuations: tuple[str, ...] = ()  # (rows,) texts to be predicted after `inputs`; of a language model alone
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a task's scores depend on besides contexts and head, for some rows; a field is made when it is read.
+
+    Attributes:
+        candidates: embeddings (rows, candidates, width) of the candidates.
+        next_tokens: (rows, tokens) the token that follows each position, -1 where none is to be predicted.
+        vocabulary: the backbone's output embeddings, (vocabulary, width).
+    """
+
+    _candidates: Callable[[], Tensor]
+    _next_tokens: Callable[[], Tensor]
+    _vocabulary: Callable[[], Tensor]
+
+    @property
+    def candidates(self) -> Tensor:
+        """Of a task that ranks."""
+        return self._candidates()
+
+    @property
+    def next_tokens(self) -> Tensor:
+        """Of a causal task."""
+        return self._next_tokens()
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """Of a causal task."""
+        return self._vocabulary()
 
 
 class Task(ABC):
     """Base of all tasks. The per-record loss must not depend on other records of the batch (privacy.md, S5)."""
 
-    metric: ClassVar[str]  # the headline metric
+    metric: ClassVar[str]  # the headline metric, one of `columns`
+    higher_is_better: ClassVar[bool] = True
+    columns: ClassVar[tuple[str, ...]]  # what `of_user` gives
+    default_scale: ClassVar[float] = 1.0  # of `task.scale`, what the head multiplies its products by
+    reads: ClassVar[str] = "mean over tokens, then unit length"  # what `context` makes of last hidden states
+    causal: ClassVar[bool] = False  # whether it reads each token's hidden state by a causal language model
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
+        self.scale = config.scale or self.default_scale
 
     @abstractmethod
     def prepare(self, federation: Federation, key: bytes) -> Examples:
@@ -48,12 +90,28 @@ class Task(ABC):
         """Return the output layer for pooled contexts of this width, at its public initial value."""
 
     @abstractmethod
-    def loss(self, scores: Tensor) -> Tensor:
-        """Return the loss per record, shape (rows,), of scores (rows, candidates)."""
+    def scores(self, head: nn.Module, contexts: Tensor, batch: Batch) -> Tensor:
+        """Apply the head; scores (rows, ...) of contexts (rows, width), or (rows, tokens, width) of a causal task."""
 
     @abstractmethod
-    def metrics(self, scores: Tensor) -> Mapping[str, Tensor]:
-        """Return the metrics per record, each of shape (rows,)."""
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss per record, shape (rows,), of scores (rows, ...) and targets (rows,)."""
+
+    @abstractmethod
+    def metrics(self, scores: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        """Return what is measured on each record, each of shape (rows,); "loss" among it."""
+
+    def of_user(self, records: Mapping[str, Floats]) -> dict[str, float]:
+        """Return one user's `columns` from what `metrics` gave for the user's records; by default the means."""
+        return {name: float(records[name].mean()) for name in self.columns}
+
+    def tokenize(self, backbone: Backbone, examples: Examples, max_tokens: int) -> Tokens:
+        """Return what the backbone reads of each row."""
+        return backbone.tokenize(examples.inputs, max_tokens)
+
+    def context(self, hidden: Tensor, mask: Tensor, width: int) -> Tensor:
+        """Make a row's context of last hidden states (rows, tokens, width); `width`: tokens of the longest row."""
+        return pool(hidden, mask)
 
 
 def table(federation: Federation) -> tuple[list[Record], tuple[Rows, ...], tuple[Rows, ...]]:

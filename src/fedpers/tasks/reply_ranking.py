@@ -13,7 +13,7 @@ from fedpers.config import TaskConfig
 from fedpers.data.base import Federation
 from fedpers.errors import DataError
 from fedpers.privacy.randomness import generator
-from fedpers.tasks.base import Examples, Task, table
+from fedpers.tasks.base import Batch, Examples, Task, table
 
 
 class RankingHead(nn.Module):
@@ -38,6 +38,8 @@ class ReplyRanking(Task):
     """Given the partner's last turn, rank the user's real reply among replies by people outside the federation."""
 
     metric = "accuracy"
+    default_scale = 20.0  # inverse temperature
+    columns = ("accuracy", "mrr", "loss")
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
@@ -89,15 +91,20 @@ class ReplyRanking(Task):
 
     def head(self, width: int) -> nn.Module:
         """Return the ranking head; untrained it ranks by cosine similarity, the zero-shot model."""
-        return RankingHead(width, self.config.scale)
+        return RankingHead(width, self.scale)
 
-    def loss(self, scores: Tensor) -> Tensor:
+    def scores(self, head: nn.Module, contexts: Tensor, batch: Batch) -> Tensor:
+        """Scores (rows, candidates)."""
+        scores: Tensor = head(contexts, batch.candidates)
+        return scores
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Softmax cross-entropy over the candidates, per record."""
         truth = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
         return functional.cross_entropy(scores, truth, reduction="none")
 
-    def metrics(self, scores: Tensor) -> Mapping[str, Tensor]:
+    def metrics(self, scores: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """accuracy@1 and reciprocal rank; a tie counts against the true reply, and a score that is no number last."""
         beaten = (scores[:, 1:] < scores[:, :1]).sum(dim=1)
         rank = scores.shape[1] - beaten
-        return {"accuracy": (rank == 1).float(), "mrr": 1.0 / rank, "loss": self.loss(scores)}
+        return {"accuracy": (rank == 1).float(), "mrr": 1.0 / rank, "loss": self.loss(scores, targets)}
