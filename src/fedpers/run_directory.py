@@ -285,6 +285,8 @@ def export_public(run: Path, out: Path) -> list[str]:
         copied.append(name)
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     config["model"]["backbone"] = public_name(config["model"]["backbone"])
+    if config["data"].get("path"):
+        config["data"]["path"] = public_name(config["data"]["path"])
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return copied
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedpers.config import DataConfig
 from fedpers.data.base import Federation, PublicText, Record, Source, choose_users, role
 from fedpers.errors import DataError
+from fedpers.formats.split import late, partners
 from fedpers.models import assets
 
 TEST_FROM = 0.6  # a conversation is for testing if its mean position in the two histories lies beyond
@@ -40,16 +41,22 @@ class Chitchat(Source):
     the two speakers' histories. A split per user would put a partner's training text into the other's test.
     """
 
+    about = "real chats of 1,315 students with each other"
+    licence = "MIT"
+    citation = "Myers, Etchart, Fulda: Conversational Scaffolding, ICAART 2020"
+    split = "whole conversations, by their mean position in the histories of both speakers"
+    tasks = ("reply-ranking", "language-model")
+
     def load(self, config: DataConfig, key: bytes) -> Federation:
         """Read the asset and build the federation of the configured people."""
         conversations = _read(assets.fetch("chitchat"))
-        late = _late(conversations)
+        tested = _late(conversations)
         records: dict[str, dict[bool, list[Record]]] = defaultdict(lambda: {False: [], True: []})
         for conversation in conversations:
             for place, (before, turn) in enumerate(zip(conversation.turns, conversation.turns[1:], strict=False)):
                 if before.speaker != turn.speaker:
                     record = Record(f"{conversation.id}/{place + 1}", conversation.id, before.text, turn.text)
-                    records[turn.speaker][conversation.id in late].append(record)
+                    records[turn.speaker][conversation.id in tested].append(record)
         people = [user for user in sorted(records) if role(user) == config.people]
         enough = [
             user
@@ -66,7 +73,7 @@ class Chitchat(Source):
             test=tuple(tuple(records[user][True][: config.max_test]) for user in users),
             pool=pool,
             pool_authors=authors,
-            partners=_partners(conversations, users),
+            partners=partners(users, {one.id: one.speakers for one in conversations}),
             counts={
                 "people": len(people),
                 "skipped_too_few_records": len(people) - len(enough),
@@ -101,11 +108,7 @@ def _late(conversations: list[_Conversation]) -> set[str]:
     for conversation in conversations:
         for speaker in sorted(conversation.speakers):
             history[speaker].append(conversation.id)
-    positions: dict[str, list[float]] = defaultdict(list)
-    for held in history.values():
-        for place, identifier in enumerate(held):
-            positions[identifier].append((place + 0.5) / len(held))
-    return {identifier for identifier, found in positions.items() if sum(found) / len(found) > TEST_FROM}
+    return late(history, TEST_FROM)
 
 
 def _pool(conversations: list[_Conversation]) -> tuple[tuple[PublicText, ...], frozenset[str]]:
@@ -118,16 +121,6 @@ def _pool(conversations: list[_Conversation]) -> tuple[tuple[PublicText, ...], f
                 taken[turn.speaker] += 1
                 pool.append(PublicText(f"{conversation.id}/{place}", conversation.id, turn.text))
     return tuple(pool), frozenset(taken)
-
-
-def _partners(conversations: list[_Conversation], users: list[str]) -> tuple[frozenset[int], ...]:
-    place = {user: index for index, user in enumerate(users)}
-    met: list[set[int]] = [set() for _ in users]
-    for conversation in conversations:
-        inside = [place[s] for s in conversation.speakers if s in place]
-        for user in inside:
-            met[user].update(other for other in inside if other != user)
-    return tuple(frozenset(others) for others in met)
 
 
 def _facts(

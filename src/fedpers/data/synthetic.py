@@ -22,6 +22,12 @@ POOL = 120
 class Synthetic(Source):
     """Conversations of two turns made of words from four topics; nothing in them is anybody's data."""
 
+    about = "made-up people, each with a favourite topic"
+    licence = "none needed: drawn from the seed"
+    citation = "fedpers"
+    split = "the first records drawn are for training, the rest for testing"
+    tasks = ("reply-ranking",)
+
     def load(self, config: DataConfig, key: bytes) -> Federation:
         """Make the federation; users differ in how many records they have, within the configured caps."""
         users = tuple(f"{config.people}-user-{number:05d}" for number in range(config.users or DEFAULT_USERS))

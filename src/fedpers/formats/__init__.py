@@ -1,0 +1,1 @@
+"""File formats and splits that data sources share; no module here is a source itself."""
