@@ -14,6 +14,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from fedpers import personalize_cli
+from fedpers.data_cli import app as data_app
 from fedpers.errors import FedpersError
 from fedpers.models.assets_cli import app as assets_app
 
@@ -28,6 +30,7 @@ app = typer.Typer(
 privacy_app = typer.Typer(help="Look at privacy before training.", no_args_is_help=True)
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(assets_app, name="assets")
+app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False)]
 Overrides = Annotated[
@@ -157,6 +160,10 @@ def export(
         typer.echo(out / name)
 
 
+for command in personalize_cli.COMMANDS:
+    app.command()(command)
+
+
 def _print_guarantees(known: list[str], markdown: bool) -> None:
     from fedpers import guarantees
     from fedpers.methods.base import Method
@@ -177,7 +184,12 @@ def _print_run(found: Any) -> None:
     out = Console()
     summary = found.summary
     table = Table(
-        "model", "accuracy", "95% interval", "worst decile", title=f"{summary['name']}: {summary['method']}", box=SIMPLE
+        "model",
+        summary["metric"],
+        "95% interval",
+        "worst decile",
+        title=f"{summary['name']}: {summary['method']}",
+        box=SIMPLE,
     )
     for kind, one in summary["metrics"].items():
         worst = "" if one["worst_decile"] is None else f"{one['worst_decile']:.3f}"
