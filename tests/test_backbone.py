@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,13 @@ def test_no_stack_and_no_model_are_named(tmp_path: Path) -> None:
         Backbone(str(tmp_path))
     with pytest.raises(AssetError, match="all-MiniLM-L6-v2"):
         Backbone("all-MiniLM-L6-v3")
+
+
+def test_where_a_backbone_lies_changes_nothing_and_one_weight_does(random_tiny_bert: Path, tmp_path: Path) -> None:
+    """Keys of noise and cached features are made from it: a moved folder must give the same run."""
+    moved = shutil.copytree(random_tiny_bert, tmp_path / "elsewhere")
+    before = Backbone(str(random_tiny_bert)).fingerprint()
+    assert Backbone(str(moved)).fingerprint() == before
+    other = Backbone(str(moved))
+    next(other.model.parameters()).data.view(-1)[0] += 1e-3
+    assert other.fingerprint() != before

@@ -366,7 +366,7 @@ def test_the_shift_of_a_head_and_the_seed_shape_what_is_written(
 
 
 def test_a_gate_weighs_both_adapters_when_text_is_written(tiny: Tiny, tiny_llama: Path, tmp_path: Path) -> None:
-    """By hand: the gate reads the prompt by the plain model, both products are added to the weights, the head's shift
+    """By hand: the gate reads what is before the answer by the plain model, both products are added to the weights, the head's shift
     to the last state."""
     config, run = language_run(
         tiny, tiny_llama, tmp_path / "run", method="feddpa", local={"lr": {"adapter": 3.0}, "epochs": 4},
@@ -388,7 +388,7 @@ def test_a_gate_weighs_both_adapters_when_text_is_written(tiny: Tiny, tiny_llama
         for gated in (True, False):
             base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
             with torch.no_grad():
-                states = base.model(input_ids=torch.tensor([[*ids, tokenizer.eos_token_id]])).last_hidden_state[0]
+                states = base.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
                 feature = torch.nn.functional.normalize(states.mean(dim=0), dim=0)
                 second = float(arrays["gate.weight"][0] @ torch.cat([feature, torch.ones(1)])) if gated else 0.0
                 for pair in pairs(n for n in arrays if group_of(n) == "A"):

@@ -466,8 +466,8 @@ def test_r9_an_address_that_was_used_is_not_used_again(tiny: Tiny, tmp_path: Pat
 class Coupled(ReplyRanking):
     """The mean over a batch in which every record weighs by its share, like a mean over all tokens."""
 
-    def loss(self, scores: Tensor) -> Tensor:
-        losses = super().loss(scores)
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        losses = super().loss(scores, targets)
         return losses / losses.detach().sum()
 
 

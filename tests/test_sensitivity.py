@@ -263,15 +263,15 @@ def test_control_a_noise_free_personal_head_breaks_the_record_level_bound(tiny: 
 class BatchMean(ReplyRanking):
     """What `reduction="mean"` does to Opacus: every record's gradient depends on how many are in the pass."""
 
-    def loss(self, scores: Tensor) -> Tensor:
-        return super().loss(scores) / len(scores)
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(scores, targets) / len(scores)
 
 
 class BatchWeighted(ReplyRanking):
     """The record with the largest loss makes all the others small, as one long text does in a mean over tokens."""
 
-    def loss(self, scores: Tensor) -> Tensor:
-        losses = super().loss(scores)
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        losses = super().loss(scores, targets)
         return losses / losses.detach().max() ** 12
 
 

@@ -69,8 +69,8 @@ def test_the_server_has_no_key_of_the_clients_noise(tiny: Tiny) -> None:
 class Coupled(ReplyRanking):
     """A loss that looks at the whole batch."""
 
-    def loss(self, scores: Tensor) -> Tensor:
-        losses = super().loss(scores)
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        losses = super().loss(scores, targets)
         return losses / (1e-3 + losses.mean())
 
 

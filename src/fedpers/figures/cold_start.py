@@ -47,6 +47,7 @@ def cold_start_curve(
     ax.xaxis.set_major_locator(FixedLocator([float(count) for count in sorted(counts)]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.set_xlim(-0.3, 1.15 * max(counts) + 0.3)
     ax.set_xlabel("training records of somebody new")
     ax.set_ylabel(f"mean {metric} over people")
     title(

@@ -93,7 +93,8 @@ class Backbone:
     def fingerprint(self) -> str:
         """Return a hash of all weights, configuration and vocabulary: the key of what is cached about them."""
         digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
-        digest.update(repr(sorted(self.model.config.to_dict().items(), key=lambda item: item[0])).encode())
+        settings = {k: v for k, v in self.model.config.to_dict().items() if k != "_name_or_path"}  # where it lies
+        digest.update(repr(sorted(settings.items(), key=lambda item: item[0])).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode() + value.contiguous().numpy().tobytes())
         return digest.hexdigest()
