@@ -366,8 +366,8 @@ def test_the_shift_of_a_head_and_the_seed_shape_what_is_written(
 
 
 def test_a_gate_weighs_both_adapters_when_text_is_written(tiny: Tiny, tiny_llama: Path, tmp_path: Path) -> None:
-    """By hand: the gate reads what is before the answer by the plain model, both products are added to the weights, the head's shift
-    to the last state."""
+    """By hand: the gate reads what is before the answer by the plain model, both products are added to the weights, the
+    head's shift to the last state."""
     config, run = language_run(
         tiny, tiny_llama, tmp_path / "run", method="feddpa", local={"lr": {"adapter": 3.0}, "epochs": 4},
         personal={"epochs": 8, "lr": {"adapter": 3.0}},
