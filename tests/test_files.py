@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpers.config import Config, load_config
+from fedpers.config import Config, TaskConfig, load_config
 from fedpers.data import Federation, load
 from fedpers.data.base import role
 from fedpers.errors import DataError
 from fedpers.formats.split import late, partners
 from fedpers.formats.tables import Bad, as_text, as_time
 from fedpers.privacy.randomness import seed_key
+from fedpers.tasks.reply_ranking import ReplyRanking
 
 Row = dict[str, Any]
 MEMBERS = [name for name in (f"u{n}" for n in range(40)) if role(name) == "federation"]
@@ -193,10 +194,11 @@ def test_columns_are_named_in_the_configuration_and_an_input_may_be_absent(tmp_p
     names = "{user: author, input: null, target: words, id: key}"
     found = federation(jsonl(tmp_path / "a.jsonl", rows), f"data.columns={names}")
     assert found.users == (str(number),)
-    assert [record.id for record in found.train[0]] == [f"k{n}" for n in range(7)]
+    assert [record.id for record in found.train[0]] == [f"{number}/k{n}" for n in range(7)]
     assert {record.input for record in found.train[0]} == {""}
     default = federation(jsonl(tmp_path / "b.jsonl", rows), "data.columns={user: author, input: words, target: key}")
-    assert [record.id for record in default.train[0]] == [f"{number}/{n}" for n in range(1, 8)]
+    assert [record.target for record in default.train[0]] == [f"k{n}" for n in range(7)]
+    assert all(record.id.startswith(f"{number}/") and record.id.endswith("-1") for record in default.train[0])
 
 
 def test_a_training_record_that_holds_the_answer_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -209,6 +211,7 @@ def test_a_training_record_that_holds_the_answer_is_left_out_and_counted(tmp_pat
     assert found.counts["skipped_repeats_of_test_records"] == 1
     assert last["target"] not in texts(found)[one][0]
     assert last["target"] in texts(found)[two][0]  # what a client trains on does not hang on others
+    assert any(fact.startswith("1 training records were left out because they repeat") for fact in found.facts)
 
 
 def test_records_that_two_members_hold_are_told_with_their_number(tmp_path: Path) -> None:
@@ -259,8 +262,7 @@ def test_bad_lines_are_refused_with_file_and_line_or_counted(tmp_path: Path, bad
     ("change", "said", "kind"),
     [
         ({"when": "someday"}, "line 21: the time is neither a number", "time_not_parsed"),
-        ({"when": 12}, "line 21: the time is a number where others are dates", "time_of_another_kind"),
-        ({"key": "0"}, "line 21: the id of this record is that of an earlier one", "duplicate_id"),
+        ({"key": "1"}, "line 21: the id of this record is that of an earlier one of the same user", "duplicate_id"),
         ({"talk": None}, "line 21: the conversation is empty", "empty_conversation"),
     ],
 )
@@ -272,7 +274,81 @@ def test_bad_times_ids_and_conversations(tmp_path: Path, change: Row, said: str,
     columns = ("data.columns.time=when", "data.columns.id=key", "data.columns.conversation=talk")
     with pytest.raises(DataError, match=said):
         federation(path, *columns)
-    assert federation(path, *columns, "data.skip_bad=true").counts[f"skipped_{kind}"] == 1
+    skipped = federation(path, *columns, "data.skip_bad=true")
+    assert skipped.counts[f"skipped_{kind}"] == 1
+    assert any(fact.startswith("1 rows of the files could not be used") for fact in skipped.facts)
+
+
+def test_times_of_both_kinds_are_refused_even_where_rows_may_be_left_out(tmp_path: Path) -> None:
+    """Else the first row of the file would decide which rows of all other users count."""
+    rows = [{**row, "when": "2020-01-01"} for row in people(MEMBERS[:2])]
+    for place in (0, len(rows) - 1):
+        mixed = [{**row, "when": 12} if at == place else row for at, row in enumerate(rows)]
+        path = jsonl(tmp_path / f"{place}.jsonl", mixed)
+        for overrides in ((), ("data.skip_bad=true",)):
+            with pytest.raises(DataError, match=r"line \d+: the time is a number where .* write all times"):
+                federation(path, "data.columns.time=when", *overrides)
+
+
+def test_ids_are_a_users_own(tmp_path: Path) -> None:
+    """Two users may have the same ids, also where a user's name and an id run together in another way."""
+    one = MEMBERS[0]
+    two = next(f"{one}/{n}" for n in range(40) if role(f"{one}/{n}") == "federation")
+    last = two.removeprefix(f"{one}/")
+    rows = [{**row, "key": row["target"].split()[-1]} for row in people([one, two])]
+    rows.append({"user": one, "input": "x", "target": "y", "key": f"{last}/3"})  # two's id 3, were names not told apart
+    found = federation(jsonl(tmp_path / "a.jsonl", rows), "data.columns.id=key")
+    assert found.users == (one, two)
+    assert sum(len(part) for half in (found.train, found.test) for part in half) == 21
+    assert found.test[0][-1].target == "y"
+
+
+@pytest.mark.parametrize("columns", [(), ("data.columns.time=when",), ("data.columns.conversation=talk",)])
+def test_leaving_a_row_out_renames_no_other_and_changes_no_others_candidates(
+    tmp_path: Path, columns: tuple[str, ...]
+) -> None:
+    rows = [
+        {**row, "when": f"2020-01-{1 + place // 5:02d}", "talk": f"talk {place}"}
+        for place, row in enumerate(people([*MEMBERS[:2], *POOLED[:3]], 8))
+    ]
+    rows.insert(9, dict(rows[0]))  # identical rows, not beside each other
+    rows.insert(12, dict(rows[0]))
+    pooled = ("data.pool=true", *columns)
+    full = named(federation(jsonl(tmp_path / "full.jsonl", rows), *pooled))
+    assert len(full) == len(rows)
+    for place, row in enumerate(rows):
+        found = federation(jsonl(tmp_path / "less.jsonl", [*rows[:place], *rows[place + 1 :]]), *pooled)
+        less = named(found)
+        (gone,) = set(full) - set(less)
+        assert set(less) < set(full)
+        assert full[gone][0] == row["target"]
+        assert gone.endswith("-3" if row == rows[0] else "-1")  # of identical rows the last
+        same = [name for name in less if row["user"] in MEMBERS or less[name][1] == ()]
+        assert all(less[name] == full[name] for name in same)
+
+
+def test_a_row_number_as_id_hangs_on_other_records(tmp_path: Path) -> None:
+    """The control of the test before: renamed records have other candidates."""
+    rows = people([MEMBERS[0], *POOLED[:3]], 8)
+    options = ("data.pool=true", "data.columns.id=key")
+    candidates = []
+    for kept in (rows, rows[1:]):  # the first is a member's
+        numbered = [{**row, "key": number} for number, row in enumerate(kept)]
+        found = named(federation(jsonl(tmp_path / "a.jsonl", numbered), *options))
+        candidates.append({text: others for text, others in found.values() if others})
+    assert len(candidates[1]) == 7
+    assert all(candidates[1][text] != candidates[0][text] for text in candidates[1])
+
+
+def named(found: Federation) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Return by id what a record says and, of members' records, the candidates to rank, the truth first."""
+    task = ReplyRanking(TaskConfig(name="reply-ranking", candidates=5))
+    examples = task.prepare(found, seed_key(0))
+    ranked = {
+        name: tuple(examples.texts[at] for at in row)
+        for name, row in zip(examples.ids, examples.candidates, strict=True)
+    }
+    return {name: (said[0], said) for name, said in ranked.items()} | {one.id: (one.text, ()) for one in found.pool}
 
 
 def test_a_broken_csv_is_told_by_row_or_line_without_its_text(tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_items_that_hold_the_answer_are_counted_and_others_answers_are_told(tmp_
     edit(tmp_path / "dev_questions.json", leak)
     made = federation(tmp_path, "4")
     assert made.counts["skipped_items_with_the_answer"] == 1
+    assert any(fact.startswith("1 profile items were left out because they hold an answer") for fact in made.facts)
     ids = {record.id for held in made.train for record in held}
     assert f"{leaked}/item/not" in ids
     assert f"{leaked}/item/held" not in ids
@@ -240,6 +241,7 @@ def test_bad_items_may_be_left_out_and_counted_but_not_bad_questions(tmp_path: P
 
     edit(tmp_path / "dev_questions.json", spoil)
     made = federation(tmp_path, "2", "data.skip_bad=true")
+    assert any(fact.startswith("3 profile items, counted in each question's profile") for fact in made.facts)
     assert (made.counts["skipped_unknown_label"], made.counts["skipped_empty_tag"]) == (1, 2)
     assert sum(map(len, made.train)) == len(made.users) * 8 - 3
     edit(tmp_path / "dev_questions.json", _drop)
@@ -343,17 +345,64 @@ def test_retrieved_items_are_no_training_records(tmp_path: Path, random_tiny_ber
     questions = {question.user: question for question in read(tmp_path, "3", "dev", False, Skips(False))}
     for user, train, test in zip(made.users, made.train, made.test, strict=True):
         items = questions[user].items
-        assert [record.id for record in train] == [f"{user}/item/{one.id}" for one in items[6:]]
+        trained = {record.id.removeprefix(f"{user}/item/") for record in train}
+        assert [one.id for one in items if one.id in trained] == [record.id.split("/")[-1] for record in train]
         for record in train:
             before = record.input.partition("What is the score")[0]
-            assert before.count("is the score for") == 2
-            assert not any(f'"{one.text}"' in before for one in items[6:])
+            assert before.count("is the score for") == min(2, len(items) - len(train))
+            assert not any(f'"{one.text}"' in before for one in items if one.id in trained)
         assert test[0].input.count("is the score for") == 2
-    assert any(fact.startswith(f"{6 * len(made.users)} profile items stand in the prompts") for fact in made.facts)
+    history = 12 * len(made.users) - sum(map(len, made.train))
+    assert 0.2 < history / (12 * len(made.users)) < 0.8
+    assert any(fact.startswith(f"{history} profile items shape the prompts") for fact in made.facts)
     with pytest.raises(ConfigError, match=r"retrieve > 0 needs data\.lamp\.tokenizer"):
         federation(tmp_path, "3", "data.lamp.retrieve=2")
     with pytest.raises(ConfigError, match="no tokenizer there"):
         federation(tmp_path, "3", "data.lamp.retrieve=2", f"data.lamp.tokenizer={tmp_path}")
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "recency"])
+def test_leaving_a_training_record_out_changes_no_other(tmp_path: Path, random_tiny_bert: Path, retriever: str) -> None:
+    write_example(tmp_path, "3", users=3, items=12)
+    options = (
+        "data.lamp.retrieve=2", f"data.lamp.tokenizer={random_tiny_bert}", "data.max_tokens=200", "data.min_train=1",
+        f"data.lamp.retriever={retriever}",
+    )  # fmt: skip
+    questions = tmp_path / "dev_questions.json"
+    whole = json.loads(questions.read_text())
+    full = federation(tmp_path, "3", *options)
+    user = full.users[0]
+    place = next(n for n, question in enumerate(whole) if question["id"] == user)
+    trained = {record.id for record in full.train[0]}
+    assert 2 <= len(trained) <= 10
+    for item in whole[place]["profile"]:
+        tree = json.loads(json.dumps(whole))
+        tree[place]["profile"].remove(item)
+        questions.write_text(json.dumps(tree))
+        less = federation(tmp_path, "3", *options)
+        name = f"{user}/item/{item['id']}"
+        assert less.train[1:] == full.train[1:]
+        assert {record.id for record in less.train[0]} == trained - {name}  # the history is no other one either
+        if name in trained:
+            assert less.train[0] == tuple(record for record in full.train[0] if record.id != name)
+
+
+def test_dates_in_a_part_of_a_profile_are_refused(tmp_path: Path) -> None:
+    write_example(tmp_path, "3", users=6, items=8)
+
+    def date(tree: Any, items: int) -> None:
+        for number, item in enumerate(tree[0]["profile"][:items]):
+            item["date"] = f"2020-01-{20 - number}"
+
+    edit(tmp_path / "dev_questions.json", lambda tree: date(tree, 7))
+    for overrides in ((), ("data.skip_bad=true",)):
+        with pytest.raises(DataError, match=r"a date in 7 of its 8 items; give all"):
+            federation(tmp_path, "3", *overrides)
+    edit(tmp_path / "dev_questions.json", lambda tree: date(tree, 8))  # all of one person's, none of the others'
+    found = federation(tmp_path, "3")
+    orders = {u: [record.id for record in train] for u, train in zip(found.users, found.train, strict=True)}
+    dated = json.loads((tmp_path / "dev_questions.json").read_text())[0]["id"]
+    assert all(ids == sorted(ids, reverse=user == dated) for user, ids in orders.items())
 
 
 def test_accuracy_and_macro_f1_over_the_fixed_labels() -> None:

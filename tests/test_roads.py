@@ -15,6 +15,7 @@ from fedpers.data.synthetic import TOPICS
 from fedpers.experiment import Reuse
 from fedpers.formats.lamp import CATEGORIES, TAGS
 from fedpers.formats.lamp_example import write_example
+from fedpers.run_directory import export_public
 from fedpers.simulation import simulate
 
 RATING = {"name": "rating"}
@@ -116,3 +117,7 @@ def test_own_files_run_with_each_task(tiny: Callable[..., Config], tiny_llama: P
     run = simulate(tiny(rounds=1, data=data, task=FILES[task], **model), tmp_path / "run")
     assert np.isfinite(run.users.column("loss").to_numpy()).all()
     assert run.summary["metric"] == {"rating": "rmse", "classification": "accuracy", "language": "loss"}[task]
+    export_public(run.path, tmp_path / "public")
+    shown = b"".join(file.read_bytes() for file in (tmp_path / "public").rglob("*") if file.is_file())
+    assert b"mine.jsonl" in shown
+    assert str(tmp_path).encode() not in shown

@@ -111,7 +111,7 @@ def test_what_is_private_is_closed_to_others(fedper: Run) -> None:
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     assert stat.S_IMODE((private / "secret").stat().st_mode) == 0o600
     assert {item.name for item in private.iterdir()} == {
-        "secret", "secret-given", "checkpoint.safetensors", "rounds", "own", "local",
+        "secret", "secret-given", "checkpoint.safetensors", "members.json", "rounds", "own", "local",
     }  # fmt: skip
     elsewhere = {name for name in tree(fedper.path) if not name.startswith("private/")}
     assert not any(name.endswith(".npy") for name in elsewhere)

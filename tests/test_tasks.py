@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +21,8 @@ from fedpers.cohort.model import CohortModel
 from fedpers.config import Config, TaskConfig
 from fedpers.data.base import Federation, Record
 from fedpers.data.synthetic import TOPICS, Synthetic
-from fedpers.errors import ConfigError, DataError
-from fedpers.experiment import build_model, prepare
+from fedpers.errors import ConfigError, DataError, PrivacyRefusal
+from fedpers.experiment import build_model, identity, prepare
 from fedpers.reporting import Reporter
 from fedpers.simulation import simulate
 from fedpers.tasks.base import Examples
@@ -290,3 +293,31 @@ def test_a_gate_reads_what_comes_before_the_answer(tiny: Tiny, tiny_llama: Path,
     ]
     assert sum(whole) > 20
     torch.testing.assert_close(features[0][whole], features[1][whole])
+
+
+def test_a_given_secret_needs_a_task_that_a_file_defines(
+    tiny: Tiny, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a changed loss would draw the same noise, and the difference of two releases would be free of it."""
+    monkeypatch.setitem(sys.modules, "a_notebook", types.ModuleType("a_notebook"))
+    Typed = type("Typed", (Rating,), {"__module__": "a_notebook"})
+    made = {**registry._registered, ("tasks", "typed"): Typed}
+    monkeypatch.setattr(registry, "_registered", made)
+    config = tiny(data={"name": "rated"}, task={"name": "typed"}, privacy=PRIVACY["user"])
+    with pytest.raises(PrivacyRefusal, match=r"privacy\.secret with the task Typed: no file defines it"):
+        build_model(prepare(config), Reporter())
+
+
+def test_another_tokenizer_makes_another_identity(tiny: Tiny, tiny_llama: Path, tmp_path: Path) -> None:
+    """Same vocabulary and weights, but another end of text: other tokens, so other releases, under other noise."""
+    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    path = other / "tokenizer_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"eos_token": "<end>"', '"eos_token": "soup"'))
+    found = []
+    for folder in (tiny_llama, moved, other):
+        experiment = prepare(tiny(method="fedavg", **settings("language-model", folder)))
+        model = build_model(experiment, Reporter())
+        text = identity(experiment, model)
+        found.append(text.replace(folder.name, "x"))
+    assert found[0] == found[1] != found[2]

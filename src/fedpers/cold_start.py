@@ -23,7 +23,7 @@ from fedpers.evaluation.per_user import write_table
 from fedpers.evaluation.statistics import Floats, Interval, compare, mean_interval
 from fedpers.experiment import method_plan
 from fedpers.figures.cold_start import cold_start_curve
-from fedpers.finished_run import Arrays, Finished, model_over, nothing_released, open_run
+from fedpers.finished_run import Arrays, Finished, members_of, model_over, nothing_released, open_run
 from fedpers.personalize import newcomer_plan
 from fedpers.plan import Plan
 from fedpers.privacy.randomness import seed_key
@@ -122,7 +122,7 @@ def cold_start(
         points.append(_point(count, found, values["shared"], task.higher_is_better, model, run.config.seed))
     shared, zero = (float(values[kind].mean()) for kind in ("shared", "zero_shot"))
     curve = ColdStart(len(federation.users), task.metric, task.higher_is_better, shared, zero, tuple(points))
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, mode=0o700)  # metrics of single people are private
     write_table(pa.Table.from_pylist(rows), out / "cold_start.parquet")
     (out / "cold_start.json").write_text(json.dumps(_tree(curve), indent=2) + "\n", encoding="utf-8")
     cold_start_curve(curve.metric, curve.people, _lines(curve), {"global": shared, "zero_shot": zero}, out)
@@ -135,7 +135,7 @@ def strangers(run: Finished, fewest: int, most: int | None) -> Federation:
     Raises ConfigError if there are none.
     """
     key = seed_key(run.config.seed)
-    members = set(load(run.config, key).users)
+    members = set(members_of(run))
     data = run.config.data.model_copy(update={"users": None})
     everyone = load(run.config.model_copy(update={"data": data}), key)
     places = [

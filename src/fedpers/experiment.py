@@ -136,12 +136,14 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
     if experiment.guarantee.unit != "none":
         check_separate(reuse.models[key])
         check_rows(experiment.plan, reuse.models[key], config)
-        if config.privacy.secret is not None and not _source(experiment.plan.method):
-            raise PrivacyRefusal(
-                f"privacy.secret with method {experiment.plan.name!r}: no file defines it, so a changed version could "
-                "not be told from this one and would draw the same noise; leave privacy.secret out, or put the method "
-                "into a file."
-            )
+        written = {"method": experiment.plan.method, "task": type(experiment.task)}
+        for what, kind in written.items() if config.privacy.secret is not None else ():
+            if not _source(kind):
+                raise PrivacyRefusal(
+                    f"privacy.secret with the {what} {kind.__name__}: no file defines it, so a changed version could "
+                    "not be told from this one and would draw the same noise; leave privacy.secret out, or put the "
+                    f"{what} into a file."
+                )
     return reuse.models[key]
 
 
@@ -200,6 +202,8 @@ def identity(experiment: Experiment, model: CohortModel) -> str:
         digest.update(repr(part).encode())
     digest.update(examples.candidates.tobytes() + examples.targets.tobytes())
     digest.update(repr(examples.continuations).encode())
+    for tokens in (model.inputs, model.texts):  # what a tokenizer makes of texts hangs on more than its vocabulary
+        digest.update(repr((tokens.starts, [ids.tolist() for ids in tokens.ids])).encode())
     for kind in (experiment.plan.method, type(experiment.task)):
         digest.update(_source(kind).encode())
     for rows in examples.train:

@@ -28,6 +28,7 @@ from fedpers.privacy.guarantee import Guarantee, resolve
 from fedpers.privacy.randomness import seed_key
 from fedpers.registry import find
 from fedpers.reporting import Reporter
+from fedpers.run_directory import MEMBERS
 from fedpers.tasks.base import Examples, Task
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -136,13 +137,30 @@ def _of_member(run: Finished, user: str) -> Arrays:
     return {name: np.array(array[place]) for name, array in found.items()}
 
 
+def members_of(run: Finished) -> tuple[str, ...]:
+    """Return the ids of a run's members, by their number; of an exported run, whom its data source gives today."""
+    path = run.path / "private" / MEMBERS
+    if path.exists():
+        return tuple(json.loads(path.read_text(encoding="utf-8")))
+    return load(run.config, seed_key(run.config.seed)).users
+
+
 def _place(run: Finished, user: str, members: int) -> int:
-    if user.isdecimal() and int(user) < members:
-        return int(user)
-    known = load(run.config, seed_key(run.config.seed)).users
-    if user not in known or len(known) != members:
+    """Find a member by number or id; one that could be either is refused, since it would open another's model."""
+    known = members_of(run)
+    kind, _, rest = user.partition(":")
+    by_id = {name: place for place, name in enumerate(known)}
+    found = set()
+    if kind != "number":
+        found |= {by_id[name] for name in ((rest,) if kind == "id" else (user,)) if name in by_id}
+    number = rest if kind == "number" else user
+    if kind != "id" and number.isdecimal() and int(number) < members:
+        found.add(int(number))
+    if len(found) > 1:
+        raise ConfigError(f"--user {user} is one member's number and another's id; say number:{user} or id:{user}.")
+    if not found or len(known) != members:
         raise ConfigError(f"--user: no member has this number (0 to {members - 1}) or id.")
-    return known.index(user)
+    return found.pop()
 
 
 def _made(run: Finished, folder: Path) -> Arrays:

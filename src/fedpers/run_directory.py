@@ -34,6 +34,7 @@ from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Secret
 from fedpers.privacy.randomness import secret_key
 
+MEMBERS = "members.json"  # ids by number, in the private part
 PUBLIC = (
     "config.yaml",
     "environment.json",
@@ -235,6 +236,12 @@ class RunDirectory:
         """Write a file in one step: it is whole or not there."""
         self._write(name, text)
 
+    def write_members(self, users: Sequence[str]) -> None:
+        """Keep the ids of the users, by their number, in the private part."""
+        scratch = self.private / f".{MEMBERS}.partial"
+        scratch.write_text(json.dumps(list(users)) + "\n", encoding="utf-8")
+        scratch.replace(self.private / MEMBERS)
+
     def _write(self, name: str, text: str) -> None:
         scratch = self.path / f".{name}.partial"
         scratch.write_text(text, encoding="utf-8")
@@ -285,8 +292,11 @@ def export_public(run: Path, out: Path) -> list[str]:
         copied.append(name)
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     config["model"]["backbone"] = public_name(config["model"]["backbone"])
-    if config["data"].get("path"):
-        config["data"]["path"] = public_name(config["data"]["path"])
+    data = config["data"]
+    if data.get("path") and not data["path"].startswith("hub:"):
+        data["path"] = data["path"].rstrip("/").rpartition("/")[2]
+    if (data.get("lamp") or {}).get("tokenizer"):
+        data["lamp"]["tokenizer"] = public_name(data["lamp"]["tokenizer"])
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return copied
 

@@ -154,6 +154,7 @@ def simulate(
         )  # fmt: skip
         excluded = [*excluded, *frontier.further_runs(ledger, cells)]
         claim = claim_from(ledger, expected_rounds=len(history), excluded=excluded)
+    directory.write_members(experiment.examples.users)
     directory.write_text("claim.json", claim.to_json())
     if forecast is not None:
         directory.write_text("forecast.json", forecast.to_json())

@@ -90,7 +90,7 @@ def _audits(config: Config, reporter: Reporter) -> Sequence[tuple[str, Callable[
     noised = not math.isinf(config.privacy.epsilon) or config.privacy.noise_multiplier is not None
     unit = config.privacy.unit
     if unit == "record" and not prepare(config).federation.pool:
-        reporter.message("no record canaries: they are made of the words of a public pool, which these data have not")
+        reporter.message("record canaries NOT RUN: they are made of a public pool's words, and these data have no pool")
     elif unit != "none":
         canaries: _Canaries = user_canary_audit if unit == "user" else record_canary_audit
         found.append((f"{unit} canaries", lambda: canaries(config, reporter=reporter)))

@@ -84,11 +84,11 @@ class CohortModel(nn.Module):
         # Frozen features come first: they are computed on the plain backbone.
         inputs = task.tokenize(backbone, examples, config.data.max_tokens)
         self.inputs = inputs
+        self.texts: Tokens = backbone.tokenize(examples.texts, config.data.max_tokens)
         if task.causal:
             self.candidates = torch.zeros(0, backbone.width)
         elif donor is None:
-            texts = backbone.tokenize(examples.texts, config.data.max_tokens)
-            self.candidates = Embedded(backbone, texts, budget, progress, "candidates").vectors
+            self.candidates = Embedded(backbone, self.texts, budget, progress, "candidates").vectors
         else:
             self.candidates = donor.candidates
         self.lengths: Index = inputs.lengths.numpy()

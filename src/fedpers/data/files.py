@@ -11,8 +11,10 @@ from fedpers.data.base import Federation, PublicText, Record, Source, choose_use
 from fedpers.errors import DataError
 from fedpers.formats.split import late, partners
 from fedpers.formats.tables import HUB, Bad, Skips, as_text, as_time, find_files, hub_rows, rows
+from fedpers.privacy.randomness import derive, seed_key
 
 POOL_CAP = 40  # texts per person in the public pool, so that no one author fills it
+_IDS = seed_key(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,9 @@ class Files(Source):
     Unusable rows are refused with file and line, or counted where `data.skip_bad` is set. A user's training record that
     repeats one of the same user's test records word for word is left out and counted: it would hold the answer. The
     labels of a task, its scale and the names of the columns are the configuration's, so they are public.
+
+    Coins and candidates are drawn by record id, so an id must not hang on other records: without a column for it, it is
+    a hash of what the row says and, among a user's identical rows, their number. Given ids are distinct within a user.
     """
 
     about = "your own JSONL, CSV, Parquet or Arrow files"
@@ -55,6 +60,7 @@ class Files(Source):
             for conversation in conversations:
                 groups[conversation].add(user)
         chosen = tuple(tuple(train[user][-config.max_train :]) for user in users)
+        left_out = sum(repeated[user] for user in users)
         return Federation(
             source="files",
             users=tuple(users),
@@ -69,10 +75,13 @@ class Files(Source):
                 "not_chosen": len(enough) - len(users),
                 "train_records_capped": sum(max(0, len(train[user]) - config.max_train) for user in users),
                 "test_records_capped": sum(max(0, len(test[user]) - config.max_test) for user in users),
-                "skipped_repeats_of_test_records": sum(repeated[user] for user in users),
+                "skipped_repeats_of_test_records": left_out,
                 **skips.counts,
             },
-            facts=_facts(config, users, chosen, groups, authors),
+            facts=(
+                *_facts(config, users, chosen, groups, authors),
+                *_left_out(config, left_out, sum(skips.counts.values())),
+            ),
         )
 
 
@@ -82,7 +91,10 @@ def _part(user: str, config: DataConfig) -> str:
 
 
 def _read(config: DataConfig, skips: Skips) -> dict[str, list[_Row]]:
-    """Return every user's rows in order of time; rows of one time, or without one, are in the order of the files."""
+    """Return every user's rows in order of time; rows of one time, or without one, are in the order of the files.
+
+    Raises DataError: nothing to read, a row that cannot be used and may not be left out, or times of both kinds.
+    """
     if config.path is None:
         raise DataError(
             "data.path is not set; name your file, a folder of files or a pattern such as folder/*.parquet."
@@ -90,7 +102,7 @@ def _read(config: DataConfig, skips: Skips) -> dict[str, list[_Row]]:
     names = config.columns
     columns = [n for n in (names.user, names.input, names.target, names.time, names.id, names.conversation) if n]
     held: dict[str, list[_Row]] = defaultdict(list)
-    ids: set[str] = set()
+    seen: Counter[str] = Counter()
     kinds: set[str] = set()
     hub = config.path.startswith(HUB)
     for place, row in hub_rows(config.path, columns) if hub else rows(find_files(config.path), columns, skips):
@@ -99,22 +111,37 @@ def _read(config: DataConfig, skips: Skips) -> dict[str, list[_Row]]:
             text = "" if names.input is None else as_text(row[names.input], "input")
             target = as_text(row[names.target], "target")
             kind, time = ("none", 0.0) if names.time is None else as_time(row[names.time])
-            identifier = f"{user}/{len(held[user]) + 1}" if names.id is None else as_text(row[names.id], "id")
-            together = identifier if names.conversation is None else as_text(row[names.conversation], "conversation")
-            if kinds and kind not in kinds:
-                raise Bad("time_of_another_kind", "the time is a number where others are dates, or the other way round")
-            if identifier in ids:
-                raise Bad("duplicate_id", "the id of this record is that of an earlier one")
+            together = None if names.conversation is None else as_text(row[names.conversation], "conversation")
+            own = _said(user, time, together, text, target) if names.id is None else as_text(row[names.id], "id")
+            identifier = f"{_escaped(user)}/{own}"
+            if names.id is not None and seen[identifier]:
+                raise Bad("duplicate_id", "the id of this record is that of an earlier one of the same user")
         except Bad as bad:
             skips.add(bad, place)
             continue
         kinds.add(kind)
-        ids.add(identifier)
-        held[user].append(_Row(user, time, Record(identifier, together, text, target)))
+        if len(kinds) > 1:  # leaving one kind out would let one person's row decide which rows of others count
+            raise DataError(
+                f"{place}: the time is a number where those before are dates, or the other way round; write all times "
+                "of the column as numbers, or all as dates (data.skip_bad leaves no such row out)."
+            )
+        seen[identifier] += 1
+        if names.id is None:
+            identifier = f"{identifier}-{seen[identifier]}"
+        held[user].append(_Row(user, time, Record(identifier, together or identifier, text, target)))
     found = {user: sorted(own, key=lambda row: row.time) for user, own in held.items() if own}
     if not found:
         raise DataError(f"data.path: no usable record in the files ({sum(skips.counts.values())} were left out).")
     return found
+
+
+def _said(user: str, time: float, conversation: str | None, text: str, target: str) -> str:
+    """Return a hash of what a row says, the same wherever it stands and whatever else is in the files."""
+    return derive(_IDS, "record", user, repr(time), conversation or "", text, target).hex()[:32]
+
+
+def _escaped(user: str) -> str:
+    return user.replace("~", "~0").replace("/", "~1")  # else user a with id b/c and user a/b with id c would meet
 
 
 def _split(
@@ -189,4 +216,18 @@ def _facts(
         "who takes part, the split into training and test, the caps on records (leaving one out of a capped client's "
         "makes room for another) and the counts in this list come from the raw data"
     )
+    return tuple(facts)
+
+
+def _left_out(config: DataConfig, repeats: int, skipped: int) -> tuple[str, ...]:
+    """Say in numbers which records were left out because of other records or of what they hold."""
+    facts = [
+        f"{repeats} training records were left out because they repeat one of the same user's test records, so whether "
+        "a record is trained on hangs on its user's test records too"
+    ]
+    if config.skip_bad:
+        facts.append(
+            f"{skipped} rows of the files could not be used and were left out, by what they hold and, of rows of one "
+            "user with the same id, all but the first (leaving that one out makes room for the next)"
+        )
     return tuple(facts)

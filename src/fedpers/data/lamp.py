@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ from fedpers.errors import ConfigError, DataError
 from fedpers.formats.lamp import FORMS, HuggingFaceTokens, Item, Question, Tokens, asked, prompt, read, retrieve
 from fedpers.formats.tables import Skips
 from fedpers.models import assets
+from fedpers.privacy.randomness import derive, seed_key
 
 WRITTEN = ("4", "5", "6", "7")  # answers are texts, which may stand inside a longer one
+_HISTORY = seed_key(0)
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class _Person:
 
     questions: tuple[Question, ...]
     items: tuple[Item, ...]
+    answering: int  # items that were left out because they hold an answer
 
 
 class Lamp(Source):
@@ -36,9 +39,10 @@ class Lamp(Source):
     member's, such as a paper by two, stays, since what a client trains on must not hang on other people's records; how
     many questions that makes easier is among the facts.
 
-    With `data.lamp.retrieve`, training records have items of the same user before their input, from the earliest
-    `history` of the profile alone, and these are no training records: one record in many prompts would be in many
-    gradients, and a guarantee per record would not hold for it. Questions are given items of the whole profile.
+    With `data.lamp.retrieve`, training records have items of the same user before their input, of the `history` alone,
+    and these are no training records: one record in many prompts would be in many gradients, and a guarantee per record
+    would not hold for it. A hash of user and item id puts an item into the history, so that leaving a training record
+    out changes neither what is in it nor another record's prompt. Questions are given items of the whole profile.
     """
 
     about = "LaMP 1 to 7: personal tags, ratings, headlines, titles, subjects and tweets"
@@ -63,7 +67,7 @@ class Lamp(Source):
                 "data.min_test=1."
             )
         skips = Skips(config.skip_bad)
-        people = _people(read(Path(config.path), lamp.task, lamp.part, lamp.split == "time", skips), lamp, skips.counts)
+        people = _people(read(Path(config.path), lamp.task, lamp.part, lamp.split == "time", skips), lamp)
         tokens = _tokens(lamp.tokenizer) if lamp.retrieve and lamp.tokenizer else None
         wanted = [user for user in sorted(people) if _part(user) == config.people]
         train: dict[str, list[Record]] = {}
@@ -87,9 +91,10 @@ class Lamp(Source):
                 "not_chosen": len(enough) - len(users),
                 "train_records_capped": sum(max(0, len(train[user]) - config.max_train) for user in users),
                 "test_records_capped": sum(max(0, len(test[user]) - config.max_test) for user in users),
+                "skipped_items_with_the_answer": sum(person.answering for person in people.values()),
                 **skips.counts,
             },
-            facts=_facts(lamp, users, people, chosen),
+            facts=_facts(config, users, people, chosen, sum(skips.counts.values())),
         )
 
 
@@ -101,8 +106,11 @@ def _words(text: str, answer: str) -> tuple[str, str]:
     return " ".join(text.casefold().split()), " ".join(answer.casefold().split())
 
 
-def _people(questions: Sequence[Question], lamp: LampConfig, counts: Counter[str]) -> dict[str, _Person]:
-    """Put questions of one person together, whose profiles are joined, and leave out items that hold an answer."""
+def _people(questions: Sequence[Question], lamp: LampConfig) -> dict[str, _Person]:
+    """Put questions of one person together, whose profiles are joined, and leave out items that hold an answer.
+
+    Raises DataError: an item that is not the same in two questions, or dates in a part of one person's items.
+    """
     by_user: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         by_user[question.user].append(question)
@@ -114,10 +122,14 @@ def _people(questions: Sequence[Question], lamp: LampConfig, counts: Counter[str
                 raise DataError("a profile item of one person differs between two of the person's questions.")
         answers = [_words(asked(lamp.task, question.input), question.gold) for question in own]
         kept = [item for item in items.values() if not any(_holds(item, *answer, lamp) for answer in answers)]
-        counts["skipped_items_with_the_answer"] += len(items) - len(kept)
-        if all(item.date is not None for item in kept):
-            kept.sort(key=lambda item: item.date or ())
-        people[user] = _Person(tuple(own), tuple(kept))
+        dated = sum(item.date is not None for item in items.values())
+        if 0 < dated < len(items):  # one item without a date must not put all the others into another order
+            raise DataError(
+                f"a person's profile has a date in {dated} of its {len(items)} items; give all of a person's items a "
+                "date, or none."
+            )
+        kept.sort(key=lambda item: item.date or ())
+        people[user] = _Person(tuple(own), tuple(kept), len(items) - len(kept))
     return people
 
 
@@ -127,9 +139,15 @@ def _holds(item: Item, text: str, gold: str, lamp: LampConfig) -> bool:
     return (lamp.task == "7" or text in held) and (gold == answer or (lamp.task in WRITTEN and gold in answer))
 
 
-def _history(person: _Person, lamp: LampConfig) -> int:
-    """How many of a person's earliest items are retrieved from and not trained on; those of LaMP-7 have no question."""
-    return int(lamp.history * len(person.items)) if lamp.retrieve and lamp.task != "7" else 0
+def _history(user: str, person: _Person, lamp: LampConfig) -> list[Item]:
+    """Return the items that are retrieved from and not trained on, by their ids; those of LaMP-7 have no question."""
+    if not lamp.retrieve or lamp.task == "7":
+        return []
+
+    def point(item: Item) -> float:
+        return int.from_bytes(derive(_HISTORY, "history", user, item.id)[:8], "little") / 2**64
+
+    return [item for item in person.items if point(item) < lamp.history]
 
 
 def _records(
@@ -137,7 +155,8 @@ def _records(
 ) -> tuple[list[Record], list[Record]]:
     """Return training and test records of one user."""
     lamp, form = config.lamp, FORMS[config.lamp.task]
-    history = person.items[: _history(person, lamp)]
+    history = _history(user, person, lamp)
+    told = {item.id for item in history}
 
     def worded(text: str, memory: Sequence[Item]) -> str:
         if tokens is None:
@@ -146,7 +165,7 @@ def _records(
         return prompt(lamp.task, text, found, config.max_tokens, tokens) if found else text
 
     train, test = [], []
-    for item in person.items[len(history) :]:
+    for item in (item for item in person.items if item.id not in told):
         if lamp.task == "7":
             text = "tweet:"
         elif lamp.form == "text":
@@ -176,8 +195,13 @@ def _tokens(name: str) -> Tokens:
 
 
 def _facts(
-    lamp: LampConfig, users: Sequence[str], people: Mapping[str, _Person], train: Sequence[tuple[Record, ...]]
+    config: DataConfig,
+    users: Sequence[str],
+    people: Mapping[str, _Person],
+    train: Sequence[tuple[Record, ...]],
+    skipped: int,
 ) -> tuple[str, ...]:
+    lamp = config.lamp
     owners: dict[tuple[str, str], set[str]] = defaultdict(set)
     for user in users:
         for item in people[user].items:
@@ -193,14 +217,21 @@ def _facts(
         f"{twice} of {total} profile items stand word for word in another member's profile too, and what another "
         "client holds is protected as that client's",
         f"{known} of {len(asked_of)} questions stand with their answer in another member's profile",
+        f"{sum(people[user].answering for user in users)} profile items were left out because they hold an answer to "
+        "one of the same user's questions, so whether an item is trained on hangs on its user's questions too",
     ]
+    if config.skip_bad:
+        facts.append(
+            f"{skipped} profile items, counted in each question's profile, could not be used and were left out, by "
+            "what they hold and, of items of one profile with the same id, all but the first"
+        )
     if not all(item.date for user in users for item in people[user].items):
         facts.append("not all profile items have a date, so their order in the file stands for time")
     if lamp.retrieve:
-        before = sum(_history(people[user], lamp) for user in users)
+        before = sum(len(_history(user, people[user], lamp)) for user in users)
         facts.append(
-            f"{before} profile items stand in the prompts of the same user's {sum(map(len, train))} training records "
-            "and are none themselves: a guarantee per record says nothing of them, one per user covers them"
+            f"{before} profile items shape the prompts of the same user's {sum(map(len, train))} training records, one "
+            "item possibly many, and are none themselves: no guarantee per record covers them, one per user does"
         )
     facts.append(
         "who takes part, the caps on records (leaving one out of a capped client's makes room for another) and the "

@@ -168,10 +168,13 @@ def _facts(federation: Federation, quoted: dict[str, str]) -> tuple[str, ...]:
     members = set(federation.users)
     held = [(u, record) for u, records in zip(federation.users, federation.train, strict=True) for record in records]
     from_member = sum(quoted[record.id] in members - {user} for user, record in held)
+    own = sum(quoted[record.id] == user for user, record in held)
     return (
         "the users are roles of plays that everybody can read, and that a pretrained model has most likely read: "
         "nobody's secret is kept here, and what a model remembers of them need not have been learnt here",
         f"{from_member} of {len(held)} training records quote another member, and what those clients hold is protected "
         "as theirs, not as the quoted role's",
+        f"{own} of {len(held)} training records have an earlier speech of the same role as their input, so one speech "
+        "can be in two records of a client: a guarantee per record covers either record, not the speech in both",
         FROM_RAW_DATA,
     )

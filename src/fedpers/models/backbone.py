@@ -182,8 +182,9 @@ def next_tokens(tokens: Tokens, rows: NDArray[np.int64], width: int) -> Tensor:
 
 
 def public_name(name: str) -> str:
-    """Return what may be shown of a backbone's name: of a local path only the last part."""
-    return Path(name).name if Path(name).exists() else name
+    """Return what may be shown of a backbone's name: of a local path, there or not, only the last part."""
+    local = Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    return Path(name).name if local else name
 
 
 def pool(hidden: Tensor, mask: Tensor) -> Tensor:
