@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -321,3 +322,56 @@ def test_another_tokenizer_makes_another_identity(tiny: Tiny, tiny_llama: Path, 
         text = identity(experiment, model)
         found.append(text.replace(folder.name, "x"))
     assert found[0] == found[1] != found[2]
+
+
+def save_random_tiny_gpt2(folder: Path, tokenizer: Path) -> Path:
+    """Write a random (untrained) GPT-2, whose linear layers are Conv1D, with the tokenizer of the tiny Llama."""
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    torch.manual_seed(5)
+    config = transformers.GPT2Config(
+        vocab_size=40,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.2,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_gpt2_has_linear_layers_of_another_class(tiny: Tiny, tiny_llama: Path, tmp_path: Path) -> None:
+    """Its loss is the model's own, an adapter on Conv1D learns, and plain PEFT loads what comes out of a run."""
+    folder = save_random_tiny_gpt2(tmp_path / "gpt2", tiny_llama)
+    sections = settings("language-model", tiny_llama)
+    sections["model"] = {
+        "backbone": str(folder),
+        "adapter": {"layers": 2, "rank": 2, "alpha": 4, "targets": ["c_attn"]},
+    }
+    experiment = prepare(tiny(method="fedavg", **sections))
+    model = build_model(experiment, Reporter())
+    rows = np.concatenate(experiment.examples.test[:2])
+    model.load(model.broadcast(1))
+    with torch.no_grad():
+        found = model.losses(
+            model.all_contexts(rows, np.zeros_like(rows)), rows, torch.zeros(len(rows), dtype=torch.long)
+        )
+    whole = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    for row, loss in zip(rows, found, strict=True):
+        ids, start = model.inputs.ids[row], model.inputs.starts[row]
+        labels = torch.where(torch.arange(len(ids)) < start, -100, ids)
+        torch.testing.assert_close(
+            loss, whole(input_ids=ids[None], labels=labels[None]).loss.detach(), rtol=1e-4, atol=1e-5
+        )
+    run = simulate(
+        tiny(method="fedavg", rounds=3, local={"epochs": 3, "lr": {"adapter": 1.0}}, **sections), tmp_path / "run"
+    )
+    means = {kind: found["mean"] for kind, found in run.summary["metrics"].items()}
+    assert means["global"] < means["zero_shot"] - 0.05
+    loaded = peft.PeftModel.from_pretrained(
+        transformers.GPT2LMHeadModel.from_pretrained(folder), run.path / "adapters" / "shared"
+    )
+    ids = torch.tensor([[1, 5, 6, 7]])
+    assert (loaded(input_ids=ids).logits - whole(input_ids=ids).logits).abs().max() > 1e-3

@@ -110,7 +110,7 @@ def hub_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
 def as_text(value: Any, column: str) -> str:
     """Return a cell as stripped text; whole numbers of a numeric column are written without their point.
 
-    Cells are compared as text afterwards: the numbers 4.0 and 4 are one rating and one user, the texts "4.0" and "4"
+    Cells are compared as text afterwards: the numbers 4.0 and 4 are one label and one user, the texts "4.0" and "4"
     (and all cells of a CSV file are texts) are two.
 
     Raises:

@@ -65,6 +65,7 @@ def place(backbone: Backbone, config: AdapterConfig, extra: Collection[str] = ()
     with warnings.catch_warnings():
         # PEFT asks transformers for a property under its old name; nothing of ours depends on it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # of Conv1D: PEFT then mends it
         model = peft.get_peft_model(backbone.model, _lora(config, targets))
         if second:
             model.add_adapter(SECOND, _lora(config, targets))
@@ -100,7 +101,9 @@ def _lora(config: AdapterConfig, targets: list[str]) -> Any:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, with its weight lying the other way
+
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _is_norm(module: nn.Module) -> bool:
