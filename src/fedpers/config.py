@@ -67,7 +67,7 @@ class ColumnsConfig(Section):
     input: str | None = "input"  # null: there is none, such as where a language model learns texts as they are
     target: str = "target"
     time: str | None = None  # when a record was made; without it the order in the files counts
-    id: str | None = None  # distinct for each record; by default user and a hash of the row; distinct within a user
+    id: str | None = None  # distinct within a user; by default a hash of the row
     conversation: str | None = None  # what must not be split between training and test, across users too
 
 
@@ -84,9 +84,7 @@ class LampConfig(Section):
     form: Literal["prompt", "text"] = "prompt"  # inputs as the benchmark words them, or the bare text
     retrieve: int = Field(0, ge=0, le=16)  # history items of the same user put before each input
     retriever: Literal["bm25", "recency"] = "bm25"
-    history: float = Field(
-        0.5, gt=0, lt=1
-    )  # with retrieve: probability that an item is in the history of a profile that is retrieved from alone
+    history: float = Field(0.5, gt=0, lt=1)  # with retrieve: probability that an item is only retrieved, not trained on
     tokenizer: str | None = None  # with retrieve: the backbone, by whose tokens the prompt is kept to max_tokens
 
     @model_validator(mode="after")
