@@ -68,7 +68,7 @@ def test_candidates_avoid_the_record_s_own_conversation_and_small_pools_are_refu
     row = examples.ids.index(record.id)
     texts = [examples.texts[index] for index in examples.candidates[row]]
     assert not any(text.startswith("said in the same talk") for text in texts)
-    with pytest.raises(DataError, match=r"too few for 8 candidates; lower task\.candidates"):
+    with pytest.raises(DataError, match=r"too few for 8 candidates, which need 32; lower task\.candidates"):
         task.prepare(replace(federation, pool=federation.pool[:20]), KEY)
     alike = tuple(PublicText(f"p/{n}", f"p/{n}", "always the same") for n in range(100))
     with pytest.raises(DataError, match="too few distinct texts"):

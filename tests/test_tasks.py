@@ -38,6 +38,8 @@ LABELS = tuple(TOPICS)
 class Rated(Synthetic):
     """The made-up people, who give a number to what they read: every other one a large one."""
 
+    tasks = ("rating",)
+
     def load(self, config: Any, key: bytes) -> Federation:
         """Replace targets."""
         return retarget(super().load(config, key), lambda r: ("2", "4")[int(r.id.split("/")[0][-1]) % 2])
@@ -45,6 +47,8 @@ class Rated(Synthetic):
 
 class Labelled(Synthetic):
     """The made-up people, who name the topic of their reply."""
+
+    tasks = ("classification",)
 
     def load(self, config: Any, key: bytes) -> Federation:
         """Replace targets."""
@@ -130,6 +134,8 @@ def test_ratings_are_measured_in_the_units_of_the_scale() -> None:
 @pytest.mark.parametrize("target", ["six", "6", "nan", "0.5", ""])
 def test_a_target_that_is_no_rating_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     class Odd(Synthetic):
+        tasks = ("rating",)
+
         def load(self, config: Any, key: bytes) -> Federation:
             return retarget(super().load(config, key), lambda _: target)
 
@@ -260,7 +266,9 @@ def test_a_user_with_long_replies_counts_each_token() -> None:
 
 
 def test_an_encoder_is_no_language_model(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer has no end of text; use a causal model|causal"):
+    with pytest.raises(
+        ConfigError, match=r"is no causal language model .*, which task\.name=language-model needs; set model\.backbone"
+    ):
         simulate(tiny(method="fedavg", task={"name": "language-model"}), tmp_path / "run")
 
 
@@ -375,3 +383,14 @@ def test_gpt2_has_linear_layers_of_another_class(tiny: Tiny, tiny_llama: Path, t
     )
     ids = torch.tensor([[1, 5, 6, 7]])
     assert (loaded(input_ids=ids).logits - whole(input_ids=ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "fits"),
+    [("movielens", "reply-ranking", "rating"), ("synthetic", "rating", "reply-ranking or language-model")],
+)
+def test_a_task_that_does_not_fit_the_source_is_refused(tiny: Tiny, data: str, task: str, fits: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"data\.name={data} is for {fits}, which task\.name={task} is not; set task"
+    ):
+        prepare(tiny(data={"name": data}, task={"name": task}))

@@ -143,9 +143,11 @@ def strangers(run: Finished, fewest: int, most: int | None) -> Federation:
         if user not in members and len(everyone.train[place]) >= max(fewest, 1)
     ][:most]  # fmt: skip
     if not places:
+        others = [len(held) for user, held in zip(everyone.users, everyone.train, strict=True) if user not in members]
+        most_held = max(others, default=0)
         raise ConfigError(
             f"nobody is left: the run had {len(members)} of {len(everyone.users)} people, and no other has {fewest} "
-            "training records; run with a smaller data.users, or lower the numbers of records."
+            f"training records (the most is {most_held}); run with a smaller data.users, or ask for fewer (--records)."
         )
     return replace(
         everyone,

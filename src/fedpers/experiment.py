@@ -19,7 +19,8 @@ from fedpers.cohort.model import CohortModel
 from fedpers.cohort.rows import check_rows
 from fedpers.config import Config, result_text
 from fedpers.data import Federation, load
-from fedpers.errors import DataError, PrivacyRefusal
+from fedpers.data.base import Source
+from fedpers.errors import ConfigError, DataError, PrivacyRefusal
 from fedpers.evaluation.models import swap_partners
 from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import Method
@@ -87,6 +88,7 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
     stock_strategy(config)  # refuses options that it does not take
     key = _json(config, "data", "task", "seed")
     if key not in reuse.federations:
+        _check_task(config)
         federation = load(config, seed_key(config.seed))
         task = find("tasks", config.task.name, Task)(config.task)  # type: ignore[type-abstract]
         reuse.federations[key] = federation, task.prepare(federation, seed_key(config.seed)), task
@@ -105,6 +107,17 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
         except ValueError as error:
             raise DataError(f"data {federation.source}: {error}; raise data.users.") from error
     return Experiment(config, own_plan, local_plan, guarantee, federation, examples, task, swap)
+
+
+def _check_task(config: Config) -> None:
+    """Refuse a task of ours that a source is known not to fit; what others add is theirs to know."""
+    fitting = find("data", config.data.name, Source).tasks  # type: ignore[type-abstract]
+    name = config.task.name
+    if fitting and name not in fitting and find("tasks", name, Task).__module__.startswith("fedpers."):  # type: ignore[type-abstract]
+        raise ConfigError(
+            f"data.name={config.data.name} is for {' or '.join(fitting)}, which task.name={name} is not; set "
+            f"task.name={fitting[0]}, or choose other data (`fedpers data list`)."
+        )
 
 
 def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None = None) -> CohortModel:

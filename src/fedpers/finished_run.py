@@ -88,6 +88,8 @@ def open_run(path: Path) -> Finished:
     Raises:
         RunDirectoryError: not finished, or its shared arrays are missing or damaged.
     """
+    if not path.is_dir():
+        raise RunDirectoryError(f"{path}: no such directory.")
     if not (path / "config.yaml").exists() or not (path / "claim.json").exists():
         raise RunDirectoryError(f"{path}: no finished run; finish it with `fedpers run ... --resume` first.")
     config = load_config(path / "config.yaml")

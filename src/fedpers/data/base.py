@@ -56,7 +56,11 @@ class Federation:
             DataError: an overlap, a repeated record, or no users at all.
         """
         if not self.users:
-            raise DataError(f"data {self.source}: no user has enough records; lower data.min_train or data.min_test.")
+            raise DataError(
+                f"data {self.source}: no user has enough records (all {self.counts.get('people', 0)} people have "
+                "fewer than data.min_train for training or data.min_test for testing); lower data.min_train or "
+                "data.min_test."
+            )
         if len(set(self.users)) != len(self.users) or not all(type(user) is str for user in self.users):
             raise DataError(
                 f"data {self.source}: user ids must be distinct strings; noise and sampling are drawn by user id, so "

@@ -45,7 +45,7 @@ class Lamp(Source):
     out changes neither what is in it nor another record's prompt. Questions are given items of the whole profile.
     """
 
-    about = "LaMP 1 to 7: personal tags, ratings, headlines, titles, subjects and tweets"
+    about = "LaMP 2 to 7: personal tags, ratings, headlines, titles, subjects and tweets"
     licence = "CC BY-NC-SA 4.0; LaMP-6 needs the Avocado collection's own licence; not downloaded by fedpers"
     citation = "Salemi, Mysore, Bendersky, Zamani: LaMP: When Large Language Models Meet Personalization, ACL 2024"
     split = "profile items are for training, the benchmark's questions for testing"

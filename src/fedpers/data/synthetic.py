@@ -26,7 +26,7 @@ class Synthetic(Source):
     licence = "none needed: drawn from the seed"
     citation = "fedpers"
     split = "the first records drawn are for training, the rest for testing"
-    tasks = ("reply-ranking",)
+    tasks = ("reply-ranking", "language-model")
 
     def load(self, config: DataConfig, key: bytes) -> Federation:
         """Make the federation; users differ in how many records they have, within the configured caps."""

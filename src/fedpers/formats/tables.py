@@ -6,6 +6,7 @@ Messages name files without their folders and hold nothing of what the rows say.
 from __future__ import annotations
 
 import csv
+import difflib
 import glob
 import importlib
 import io
@@ -178,7 +179,7 @@ def _lines(file: Path, columns: Sequence[str], skips: Skips) -> Iterator[tuple[s
 
 def _object(line: bytes) -> Mapping[str, Any]:
     try:
-        tree = json.loads(line.decode("utf-8-sig"))
+        tree = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise Bad("not_utf8", f"not UTF-8 at its byte {error.start + 1}") from None
     except (json.JSONDecodeError, RecursionError) as error:
@@ -254,7 +255,9 @@ def _csv(file: Path, kind: str, columns: Sequence[str], skips: Skips) -> pa.Tabl
 def _check_columns(place: str, columns: Sequence[str], found: Collection[str]) -> None:
     """Raise DataError for a missing column; those that are there may be a row of data and are not named."""
     if missing := [name for name in columns if name not in found]:
+        near = difflib.get_close_matches(missing[0], [str(name) for name in found], 1)
+        hint = f" (nearest: {near[0]!r})" if near else ""
         raise DataError(
-            f"{place}: no column {missing[0]!r} among the {len(found)} there; name the columns of your files in "
+            f"{place}: no column {missing[0]!r} among the {len(found)} there{hint}; name the columns of your files in "
             "data.columns."
         )

@@ -68,7 +68,7 @@ class Batch:
 
 
 class Task(ABC):
-    """Base of all tasks. The per-record loss must not depend on other records of the batch (privacy.md, S5)."""
+    """Base of all tasks. A record's loss must not depend on other records of the batch, or clipping bounds nothing."""
 
     metric: ClassVar[str]  # the headline metric, one of `columns`
     higher_is_better: ClassVar[bool] = True

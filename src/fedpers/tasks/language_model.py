@@ -95,7 +95,8 @@ class LanguageModel(Task):
         end = tokenizer.eos_token_id
         if end is None:
             raise ConfigError(
-                f"model.backbone {backbone.name!r}: its tokenizer has no end of text; use a causal model."
+                f"model.backbone {backbone.name!r} is no causal language model (its tokenizer has no end of "
+                "text), which task.name=language-model needs; set model.backbone, as in configs/next_message.yaml."
             )
         if not examples.inputs:
             return Tokens(())

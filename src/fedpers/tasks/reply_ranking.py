@@ -56,7 +56,8 @@ class ReplyRanking(Task):
         if len(pool) < 4 * self.config.candidates:
             raise DataError(
                 f"data {federation.source}: the public pool holds {len(pool)} texts, too few for "
-                f"{self.config.candidates} candidates; lower task.candidates."
+                f"{self.config.candidates} candidates, which need {4 * self.config.candidates}; lower task.candidates"
+                f"{', or set data.pool=true' if federation.source == 'files' and not pool else ''}."
             )
         place: dict[str, int] = {}
         candidates = np.empty((len(records), 1 + self.others), dtype=np.int64)
