@@ -394,3 +394,10 @@ def test_a_task_that_does_not_fit_the_source_is_refused(tiny: Tiny, data: str, t
         ConfigError, match=rf"data\.name={data} is for {fits}, which task\.name={task} is not; set task"
     ):
         prepare(tiny(data={"name": data}, task={"name": task}))
+
+
+def test_labels_that_yaml_takes_for_something_else(tiny: Tiny) -> None:
+    assert tiny(task={"labels": [1, 2, "three"]}).task.labels == ("1", "2", "three")
+    for labels, says in (([True, False], "quote labels"), ("good", r"expected a list, as labels: \[good, bad\]")):
+        with pytest.raises(ConfigError, match=says):
+            tiny(task={"labels": labels})

@@ -126,6 +126,18 @@ class DataConfig(Section):
         return self
 
 
+def _labels(value: Any) -> Any:
+    """Take whole numbers as texts; YAML's yes and no are truth values, and one text is no list."""
+    if isinstance(value, str):
+        raise ValueError("expected a list, as labels: [good, bad]")
+    if isinstance(value, list | tuple) and any(isinstance(one, bool | float) for one in value):
+        raise ValueError("quote labels that YAML takes for something else: labels: ['yes', 'no']")
+    return [str(one) if isinstance(one, int) else one for one in value] if isinstance(value, list | tuple) else value
+
+
+Labels = Annotated[tuple[str, ...], BeforeValidator(_labels)]
+
+
 class TaskConfig(Section):
     """What is learnt."""
 
@@ -134,7 +146,7 @@ class TaskConfig(Section):
     scale: Positive | None = None  # what a head multiplies its products by; by default the task's own number
     low: float = 1.0  # rating: the public scale
     high: float = 5.0
-    labels: tuple[str, ...] = ()  # classification: the public list of labels
+    labels: Labels = ()  # classification: the public list of labels
 
 
 class AdapterConfig(Section):
