@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import types
@@ -104,6 +105,11 @@ def test_a_task_runs_from_end_to_end(tiny: Tiny, tiny_llama: Path, tmp_path: Pat
     table = run.users.to_pandas().pivot(index="user", columns="kind", values="loss")
     assert unit != "none" or (table["own"] < table["zero_shot"]).mean() > 0.6
     assert (unit == "none") == np.isinf(run.claim.epsilon)
+    said = json.loads((run.path / "adapters" / "shared" / "head.json").read_text(encoding="utf-8"))
+    assert said["scale"] > 0
+    if task == "rating":
+        assert (said["low"], said["high"]) == (1, 5)
+    assert task != "classification" or said["labels"] == list(LABELS)
 
 
 def test_a_gain_is_positive_where_less_is_better(tiny: Tiny, tiny_llama: Path, tmp_path: Path) -> None:

@@ -261,6 +261,7 @@ class CohortModel(nn.Module):
             "pooling": self.task.reads,
             "apply": (self.head.__doc__ or "").strip().partition("\n")[0],
             "scale": self.task.scale,
+            **self.task.public(),
         }
         if GATE in arrays:
             description["link"] = self.link

@@ -101,6 +101,10 @@ class Task(ABC):
     def metrics(self, scores: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """Return what is measured on each record, each of shape (rows,); "loss" among it."""
 
+    def public(self) -> dict[str, object]:
+        """Return what else one has to know to apply a head, for the JSON beside it."""
+        return {}
+
     def of_user(self, records: Mapping[str, Floats]) -> dict[str, float]:
         """Return one user's `columns` from what `metrics` gave for the user's records; by default the means."""
         return {name: float(records[name].mean()) for name in self.columns}
@@ -123,6 +127,30 @@ def table(federation: Federation) -> tuple[list[Record], tuple[Rows, ...], tuple
             rows[part].append(np.arange(len(records), len(records) + len(held), dtype=np.int64))
             records.extend(held)
     return records, tuple(rows["train"]), tuple(rows["test"])
+
+
+def examples_of(federation: Federation) -> tuple[list[Record], Examples]:
+    """Lay all records out as rows; returns them, and examples with their inputs, to which a task adds its targets."""
+    records, train, test = table(federation)
+    ids, inputs = tuple(record.id for record in records), tuple(record.input for record in records)
+    return records, Examples(federation.users, ids, inputs, train, test)
+
+
+class LinearHead(nn.Module):
+    """Gives output k as `scale * <w_k, x> + b_k`."""
+
+    def __init__(self, width: int, outputs: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.direction = nn.Linear(width, outputs, bias=False)  # w, public initial value 0
+        self.offset = nn.Linear(1, outputs, bias=False)  # b, public initial value 0
+        nn.init.zeros_(self.direction.weight)
+        nn.init.zeros_(self.offset.weight)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Return outputs (rows, outputs) for contexts (rows, width)."""
+        found: Tensor = self.scale * self.direction(context) + self.offset(torch.ones_like(context[:, :1]))
+        return found
 
 
 def gather(embedded: Tensor, candidates: NDArray[np.int64]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,24 +13,11 @@ from torch.nn import functional
 from fedpers.config import TaskConfig
 from fedpers.data.base import Federation
 from fedpers.errors import ConfigError, DataError
-from fedpers.tasks.base import Batch, Examples, Floats, Task, table
+from fedpers.tasks.base import Batch, Examples, Floats, LinearHead, Task, examples_of
 
 
-class ClassificationHead(nn.Module):
-    """Scores label k by `scale * <w_k, x> + b_k`."""
-
-    def __init__(self, width: int, labels: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.direction = nn.Linear(width, labels, bias=False)  # w, public initial value 0
-        self.offset = nn.Linear(1, labels, bias=False)  # b, public initial value 0
-        nn.init.zeros_(self.direction.weight)
-        nn.init.zeros_(self.offset.weight)
-
-    def forward(self, context: Tensor) -> Tensor:
-        """Return scores (rows, labels) for contexts (rows, width)."""
-        scores: Tensor = self.scale * self.direction(context) + self.offset(torch.ones_like(context[:, :1]))
-        return scores
+class ClassificationHead(LinearHead):
+    """Scores label k, in the order of `task.labels`, by `scale * <w_k, x> + b_k`."""
 
 
 class Classification(Task):
@@ -46,21 +34,15 @@ class Classification(Task):
 
     def prepare(self, federation: Federation, key: bytes) -> Examples:
         """Find targets among the labels. Raises DataError for one that is not there; no label is made of the data."""
-        records, train, test = table(federation)
+        records, examples = examples_of(federation)
         place = {label: number for number, label in enumerate(self.config.labels)}
         if unknown := [number for number, record in enumerate(records) if record.target not in place]:
             raise DataError(
                 f"data {federation.source}: the targets of {len(unknown)} records are not among task.labels, the first "
                 f"that of record {unknown[0] + 1}; add the label, or mend the data."
             )
-        return Examples(
-            users=federation.users,
-            ids=tuple(record.id for record in records),
-            inputs=tuple(record.input for record in records),
-            train=train,
-            test=test,
-            targets=np.array([place[record.target] for record in records], dtype=np.float32),
-        )
+        targets = np.array([place[record.target] for record in records], dtype=np.float32)
+        return replace(examples, targets=targets)
 
     def head(self, width: int) -> nn.Module:
         """Return the head; untrained it scores all labels alike."""
@@ -86,6 +68,10 @@ class Classification(Task):
             "truth": targets,
             "loss": self.loss(scores, targets),
         }
+
+    def public(self) -> dict[str, object]:
+        """The labels, in order."""
+        return {"labels": list(self.config.labels)}
 
     def of_user(self, records: Mapping[str, Floats]) -> dict[str, float]:
         """Accuracy, mean loss, and the F1 score averaged over the labels that the user gave or was predicted to."""

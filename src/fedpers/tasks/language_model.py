@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional
 from fedpers.data.base import Federation
 from fedpers.errors import ConfigError, DataError
 from fedpers.models.backbone import Backbone, Tokens
-from fedpers.tasks.base import Batch, Examples, Floats, Task, table
+from fedpers.tasks.base import Batch, Examples, Floats, Task, examples_of
 
 CHUNK = 256  # tokens whose scores of the whole vocabulary are in memory at a time
 BETWEEN = "\n"  # stands between the text before and the text to predict
@@ -71,20 +72,13 @@ class LanguageModel(Task):
 
     def prepare(self, federation: Federation, key: bytes) -> Examples:
         """Keep inputs and targets as texts. Raises DataError for an empty target."""
-        records, train, test = table(federation)
+        records, examples = examples_of(federation)
         if empty := [place for place, record in enumerate(records) if not record.target.strip()]:
             raise DataError(
                 f"data {federation.source}: {len(empty)} records have an empty target, the first is record "
                 f"{empty[0] + 1}; leave them out."
             )
-        return Examples(
-            users=federation.users,
-            ids=tuple(record.id for record in records),
-            inputs=tuple(record.input for record in records),
-            train=train,
-            test=test,
-            continuations=tuple(record.target for record in records),
-        )
+        return replace(examples, continuations=tuple(record.target for record in records))
 
     def tokenize(self, backbone: Backbone, examples: Examples, max_tokens: int) -> Tokens:
         """Put input, a line break, target and the end of text in a row; of a long input the last tokens are kept.

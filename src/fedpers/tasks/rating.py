@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fedpers.config import TaskConfig
 from fedpers.data.base import Federation
 from fedpers.errors import ConfigError, DataError
-from fedpers.tasks.base import Batch, Examples, Floats, Task, table
+from fedpers.tasks.base import Batch, Examples, Floats, LinearHead, Task, examples_of
 
 
-class RatingHead(nn.Module):
-    """Predicts `middle + spread * (scale * <w, x> + b)`, with middle and spread those of the public range."""
-
-    def __init__(self, width: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.direction = nn.Linear(width, 1, bias=False)  # w, public initial value 0
-        self.offset = nn.Linear(1, 1, bias=False)  # b, public initial value 0
-        nn.init.zeros_(self.direction.weight)
-        nn.init.zeros_(self.offset.weight)
-
-    def forward(self, context: Tensor) -> Tensor:
-        """Return predictions (rows, 1) in units of the spread, around the middle, for contexts (rows, width)."""
-        found: Tensor = self.scale * self.direction(context) + self.offset(torch.ones_like(context[:, :1]))
-        return found
+class RatingHead(LinearHead):
+    """Predicts `middle + spread * (scale * <w, x> + b)`, with middle and spread those of `task.low` and `task.high`."""
 
 
 class Rating(Task):
@@ -50,7 +37,7 @@ class Rating(Task):
 
         Raises DataError for a target that is no number, or outside of the scale.
         """
-        records, train, test = table(federation)
+        records, examples = examples_of(federation)
         targets = np.empty(len(records), dtype=np.float32)
         for place, record in enumerate(records):
             try:
@@ -62,18 +49,11 @@ class Rating(Task):
                     f"data {federation.source}: the target of record {place + 1} is no number from "
                     f"{self.config.low:g} to {self.config.high:g}; mend the data, or set task.low and task.high."
                 )
-        return Examples(
-            users=federation.users,
-            ids=tuple(record.id for record in records),
-            inputs=tuple(record.input for record in records),
-            train=train,
-            test=test,
-            targets=targets,
-        )
+        return replace(examples, targets=targets)
 
     def head(self, width: int) -> nn.Module:
         """Return the rating head; untrained it says the middle of the scale."""
-        return RatingHead(width, self.scale)
+        return RatingHead(width, 1, self.scale)
 
     def scores(self, head: nn.Module, contexts: Tensor, batch: Batch) -> Tensor:
         """Predictions (rows, 1), in units of the spread around the middle."""
@@ -89,6 +69,10 @@ class Rating(Task):
         predicted = self.middle + self.spread * scores[:, 0].clamp(-1, 1)
         error = predicted - targets
         return {"squared": error.square(), "mae": error.abs(), "loss": self.loss(scores, targets)}
+
+    def public(self) -> dict[str, object]:
+        """The scale."""
+        return {"low": self.config.low, "high": self.config.high}
 
     def of_user(self, records: Mapping[str, Floats]) -> dict[str, float]:
         """Root mean squared error of the user's records, mean absolute error, mean loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from fedpers.config import TaskConfig
 from fedpers.data.base import Federation
 from fedpers.errors import DataError
 from fedpers.privacy.randomness import generator
-from fedpers.tasks.base import Batch, Examples, Task, table
+from fedpers.tasks.base import Batch, Examples, Task, examples_of
 
 
 class RankingHead(nn.Module):
@@ -51,7 +52,7 @@ class ReplyRanking(Task):
         A pool text of the same conversation or with the same words as the true reply is passed over. Raises DataError
         when the pool is too small.
         """
-        records, train, test = table(federation)
+        records, examples = examples_of(federation)
         pool = federation.pool
         if len(pool) < 4 * self.config.candidates:
             raise DataError(
@@ -80,15 +81,7 @@ class ReplyRanking(Task):
                     f"data {federation.source}: the public pool has too few distinct texts for "
                     f"{self.config.candidates} candidates; lower task.candidates."
                 )
-        return Examples(
-            users=federation.users,
-            ids=tuple(record.id for record in records),
-            inputs=tuple(record.input for record in records),
-            train=train,
-            test=test,
-            texts=tuple(place),
-            candidates=candidates,
-        )
+        return replace(examples, texts=tuple(place), candidates=candidates)
 
     def head(self, width: int) -> nn.Module:
         """Return the ranking head; untrained it ranks by cosine similarity, the zero-shot model."""
