@@ -105,3 +105,14 @@ def test_real_sources_are_described(fedpers: Command, name: str, said: str) -> N
     code, out, _ = fedpers("data", "describe", name)
     assert code == 0
     assert re.search(said, out, re.MULTILINE)
+
+
+def test_a_configuration_file_is_described(fedpers: Command, tmp_path: Path) -> None:
+    """One's own data are looked at with the file that the run will get."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("data: {name: synthetic, users: 7, max_train: 20}\n", encoding="utf-8")
+    code, out, _ = fedpers("data", "describe", config, "data.max_train=16")
+    assert code == 0
+    (users,) = [line.split()[1] for line in out.splitlines() if line.startswith("users ")]
+    assert users == "7"
+    assert "to 16" in next(line for line in out.splitlines() if line.startswith("training records"))

@@ -38,7 +38,9 @@ def list_sources() -> None:
 
 @app.command()
 def describe(
-    name: Annotated[str, typer.Argument(help="A data source, as `fedpers data list` shows it.")],
+    name: Annotated[
+        str, typer.Argument(help="A data source, as `fedpers data list` shows it, or a configuration file.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Configuration, such as data.users=50 data.max_train=20.", show_default=False),
@@ -54,7 +56,11 @@ def describe(
 
     if any(override.split("=")[0].strip() == "data.name" for override in overrides or []):
         raise ConfigError(f"data describe {name}: data.name is given twice; name the source once, before the others.")
-    config = load_config(None, [*(overrides or []), f"data.name={name}"])
+    if name.endswith((".yaml", ".yml")):
+        config = load_config(Path(name), overrides or [])
+        name = config.data.name
+    else:
+        config = load_config(None, [*(overrides or []), f"data.name={name}"])
     source = find("data", name, Source)  # type: ignore[type-abstract]
     federation = load(config, seed_key(config.seed))
     rows = words.about(name, source) + words.numbers(federation)
