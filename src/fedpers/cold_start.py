@@ -6,15 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from fedpers.cohort.clients import Clients
-from fedpers.cohort.model import CohortModel, Parameters
-from fedpers.cohort.personal_store import PersonalStore
+from fedpers.cohort.model import CohortModel
 from fedpers.config import Family
 from fedpers.data.base import Federation, load
 from fedpers.errors import ConfigError, RunDirectoryError
@@ -23,8 +19,8 @@ from fedpers.evaluation.per_user import write_table
 from fedpers.evaluation.statistics import Floats, Interval, compare, mean_interval
 from fedpers.experiment import method_plan
 from fedpers.figures.cold_start import cold_start_curve
-from fedpers.finished_run import Arrays, Finished, members_of, model_over, nothing_released, open_run
-from fedpers.personalize import newcomer_plan
+from fedpers.finished_run import Arrays, Finished, members_of, model_over, open_run
+from fedpers.personalize import fit_at_home, newcomer_plan
 from fedpers.plan import Plan
 from fedpers.privacy.randomness import seed_key
 from fedpers.reporting import Reporter
@@ -161,15 +157,8 @@ def strangers(run: Finished, fewest: int, most: int | None) -> Federation:
 
 def _fitted(run: Finished, plan: Plan, model: CohortModel, count: int, start: Arrays, label: str) -> evaluation.Kind:
     """Train everybody at home on the last `count` records each."""
-    with TemporaryDirectory() as nowhere:  # personal state of rounds, of which there are none
-        store = PersonalStore(Path(nowhere), len(model.examples.users), {})
-        clients = Clients(run.config, plan, nothing_released(run), model, store, seed_key(run.config.seed))
-        kept = tuple(rows[len(rows) - count :] for rows in model.examples.train)
-        clients.examples = replace(model.examples, train=kept)
-        parts: list[Parameters] = [p for _, p in clients.finish(range(len(kept)), start, None)]
-    if clients.nonfinite_updates:
-        raise ConfigError("training at home went to numbers that are not finite; run again with a lower personal.lr.")
-    whole = {name: torch.cat([part[name] for part in parts]) for name in model.layers}
+    kept = tuple(rows[len(rows) - count :] for rows in model.examples.train)
+    whole = fit_at_home(run, plan, model, replace(model.examples, train=kept), start)
     return evaluation.Kind(lambda users: {name: value[users].clone() for name, value in whole.items()}, label)
 
 

@@ -19,12 +19,22 @@ from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import GROUPS, PLAIN, Family, expand, spoken
 from fedpers.errors import ConfigError, DataError, RunDirectoryError
 from fedpers.evaluation import models as evaluation
-from fedpers.finished_run import Finished, Measured, measure, nothing_released, open_run, over_records, read_records
+from fedpers.finished_run import (
+    Arrays,
+    Finished,
+    Measured,
+    measure,
+    nothing_released,
+    open_run,
+    over_records,
+    read_records,
+)
 from fedpers.methods.base import FROZEN, PERSONAL, SHARED, Method, Phase
 from fedpers.models.backbone import public_name
 from fedpers.plan import Plan
 from fedpers.privacy.randomness import seed_key
 from fedpers.reporting import Reporter
+from fedpers.tasks.base import Examples
 
 PRIVATE = "private to the user whose records it was fitted to: no claim covers it, so it must not be shown to others"
 
@@ -76,7 +86,7 @@ def personalize(
         raise DataError(f"{user_data.name}: {len(records)} record, too few to fit and to test; add some, or --test 0.")
     cut = len(records) - held
     model = over_records(run, plan, records[:cut], records[cut:], user_data.name, reporter)
-    fitted = _fit(run, plan, model)
+    fitted = fit_at_home(run, plan, model, model.examples, run.wire)
     own, common = None, None
     if held:
         mine = evaluation.Kind(lambda _: fitted, "own")
@@ -136,12 +146,19 @@ def newcomer_plan(plan: Plan, groups: tuple[Family, ...] = ()) -> Plan:
     return replace(plan, finish=finish)
 
 
-def _fit(run: Finished, plan: Plan, model: CohortModel) -> dict[str, torch.Tensor]:
-    """Train at home; returns the user's whole model, each array (1, out, in)."""
+def fit_at_home(
+    run: Finished, plan: Plan, model: CohortModel, examples: Examples, start: Arrays
+) -> dict[str, torch.Tensor]:
+    """Train everybody in `examples`, rows of the model's, at home from the arrays in `start`.
+
+    Returns whole models, each array (users, out, in). Raises ConfigError for numbers that are not finite.
+    """
+    users = len(examples.users)
     with TemporaryDirectory() as nowhere:  # personal state of rounds, of which there are none
-        store = PersonalStore(Path(nowhere), 1, {})
+        store = PersonalStore(Path(nowhere), users, {})
         clients = Clients(run.config, plan, nothing_released(run), model, store, seed_key(run.config.seed))
-        ((_, fitted),) = clients.finish([0], run.wire, None)
+        clients.examples = examples
+        parts = [fitted for _, fitted in clients.finish(range(users), start, None)]
     if clients.nonfinite_updates:
         raise ConfigError("training at home went to numbers that are not finite; run again with a lower personal.lr.")
-    return fitted
+    return {name: torch.cat([part[name] for part in parts]) for name in model.layers}

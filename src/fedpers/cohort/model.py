@@ -84,7 +84,7 @@ class CohortModel(nn.Module):
         # Frozen features come first: they are computed on the plain backbone.
         inputs = task.tokenize(backbone, examples, config.data.max_tokens)
         self.inputs = inputs
-        self.texts: Tokens = backbone.tokenize(examples.texts, config.data.max_tokens)
+        self.texts: Tokens = backbone.tokenize(examples.texts, config.data.max_tokens) if donor is None else donor.texts
         if task.causal:
             self.candidates = torch.zeros(0, backbone.width)
         elif donor is None:
@@ -92,6 +92,7 @@ class CohortModel(nn.Module):
         else:
             self.candidates = donor.candidates
         self.lengths: Index = inputs.lengths.numpy()
+        self.longest = int(self.lengths.max(initial=0))
         self.owners = Owners()
         self.lora: Any | None = None
         self.scaling: float = config.model.adapter.alpha / config.model.adapter.rank
@@ -130,12 +131,7 @@ class CohortModel(nn.Module):
         backbone, budget = self.backbone, config.engine.token_budget
         if "gate" in extra:
             # Of a language model what comes before the words to predict: a gate must not read the answer.
-            read = (
-                Tokens(tuple(ids[:start] for ids, start in zip(inputs.ids, inputs.starts, strict=True)))
-                if (inputs.starts)
-                else inputs
-            )
-            self.features = Embedded(backbone, read, budget, progress, "contexts").vectors
+            self.features = Embedded(backbone, inputs.before(), budget, progress, "contexts").vectors
         self.layer = backbone.depth - config.model.adapter.layers
         if self.layer >= 0:
             backbone.check_split(self.layer)
@@ -186,12 +182,11 @@ class CohortModel(nn.Module):
             assert self.frozen_contexts is not None
             return self.frozen_contexts[torch.from_numpy(rows)]
         hidden, mask = self.prefix.batch(rows)
-        longest = int(self.lengths.max())
         if self.layer == self.backbone.depth:
-            return self.task.context(hidden, mask, longest)
+            return self.task.context(hidden, mask, self.longest)
         self.owners.set(owners)
         with self._mixed(rows):
-            return self.task.context(self.backbone.above(hidden, mask, self.layer), mask, longest)
+            return self.task.context(self.backbone.above(hidden, mask, self.layer), mask, self.longest)
 
     @contextmanager
     def _mixed(self, rows: Index) -> Iterator[None]:
@@ -241,7 +236,7 @@ class CohortModel(nn.Module):
         """Encode many rows without gradients, cut by the token budget; (records, width) in the order of rows."""
         if self.prefix is None:
             return self.contexts(rows, torch.from_numpy(owners))
-        tokens = (int(self.lengths.max()),) if self.task.causal else ()
+        tokens = (self.longest,) if self.task.causal else ()
         result = torch.empty(len(rows), *tokens, self.backbone.width)
         for part in microbatches(self.lengths[rows], self.budget):
             result[torch.from_numpy(part)] = self.contexts(rows[part], torch.from_numpy(owners[part]))

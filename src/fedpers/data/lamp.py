@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedpers.config import DataConfig, LampConfig
@@ -14,6 +14,7 @@ from fedpers.formats.lamp import FORMS, HuggingFaceTokens, Item, Question, Token
 from fedpers.formats.tables import Skips
 from fedpers.models import assets
 from fedpers.privacy.randomness import derive, seed_key
+from fedpers.sources import assemble
 
 WRITTEN = ("4", "5", "6", "7")  # answers are texts, which may stand inside a longer one
 _HISTORY = seed_key(0)
@@ -70,32 +71,14 @@ class Lamp(Source):
         people = _people(read(Path(config.path), lamp.task, lamp.part, lamp.split == "time", skips), lamp)
         tokens = _tokens(lamp.tokenizer) if lamp.retrieve and lamp.tokenizer else None
         wanted = [user for user in sorted(people) if _part(user) == config.people]
-        train: dict[str, list[Record]] = {}
-        test: dict[str, list[Record]] = {}
-        for user in wanted:
-            train[user], test[user] = _records(user, people[user], config, tokens)
-        enough = [u for u in wanted if len(train[u]) >= config.min_train and len(test[u]) >= config.min_test]
-        users = choose_users(enough, config.users, key)
-        chosen = tuple(tuple(train[user][-config.max_train :]) for user in users)
-        return Federation(
-            source=f"lamp-{lamp.task}",
-            users=tuple(users),
-            train=chosen,
-            test=tuple(tuple(test[user][: config.max_test]) for user in users),
-            pool=(),
-            pool_authors=frozenset(),
-            partners=tuple(frozenset() for _ in users),
-            counts={
-                "people": len(wanted),
-                "skipped_too_few_records": len(wanted) - len(enough),
-                "not_chosen": len(enough) - len(users),
-                "train_records_capped": sum(max(0, len(train[user]) - config.max_train) for user in users),
-                "test_records_capped": sum(max(0, len(test[user]) - config.max_test) for user in users),
-                "skipped_items_with_the_answer": sum(person.answering for person in people.values()),
-                **skips.counts,
-            },
-            facts=_facts(config, users, people, chosen, sum(skips.counts.values())),
-        )
+        held = {user: _records(user, people[user], config, tokens) for user in wanted}
+        answering = sum(person.answering for person in people.values())
+        federation = assemble(
+            f"lamp-{lamp.task}", held, config, lambda users, most: choose_users(users, most, key),
+            {"skipped_items_with_the_answer": answering, **skips.counts},
+        )  # fmt: skip
+        facts = _facts(config, federation.users, people, federation.train, sum(skips.counts.values()))
+        return replace(federation, facts=facts)
 
 
 def _part(user: str) -> str:

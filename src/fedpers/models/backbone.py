@@ -32,6 +32,12 @@ class Tokens:
     ids: tuple[Tensor, ...]  # each (tokens,)
     starts: tuple[int, ...] = ()  # position of the first token that is to be predicted; of a language model alone
 
+    def before(self) -> Tokens:
+        """Return the tokens that stand before what is to be predicted; all of them where nothing is."""
+        if not self.starts:
+            return self
+        return Tokens(tuple(ids[:start] for ids, start in zip(self.ids, self.starts, strict=True)))
+
     @property
     def lengths(self) -> Tensor:
         """Tokens per text, shape (texts,)."""
