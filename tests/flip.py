@@ -26,17 +26,21 @@ def flip(monkeypatch: pytest.MonkeyPatch, module: ModuleType, line: str, instead
     changed = dict(_codes(compile(source.replace(line, instead), module.__file__ or "", "exec")))
     flipped = 0
     for function in _functions(module):
-        new = changed.get(function.__code__.co_qualname)
+        new = changed.get(_place(function.__code__))
         if new is not None and new != function.__code__:
             monkeypatch.setattr(function, "__code__", new)
             flipped += 1
     assert flipped, f"no loaded function of {module.__name__} holds: {line}"
 
 
-def _codes(code: CodeType) -> Iterator[tuple[str, CodeType]]:
+def _place(code: CodeType) -> tuple[str, int]:
+    return code.co_qualname, code.co_firstlineno  # a property's getter and setter have one name
+
+
+def _codes(code: CodeType) -> Iterator[tuple[tuple[str, int], CodeType]]:
     for const in code.co_consts:
         if isinstance(const, CodeType):
-            yield const.co_qualname, const
+            yield _place(const), const
             yield from _codes(const)
 
 

@@ -153,7 +153,7 @@ def test_unit_none(tmp_path: Path) -> None:
     made = claim(ledger_of(tmp_path, "none", [{}, {}]), 2)
     assert (made.epsilon, made.delta, made.cross_check) == (math.inf, None, {})
     assert made.label() == "no privacy (ε = ∞)"
-    assert made.sentence.startswith("ε = ∞ for no unit: no privacy was asked for")
+    assert made.sentence.startswith("No privacy is claimed: none was asked for, so nothing bounds")
     assert "no guarantee" in made.sentence
     assert "clipped" not in made.sentence
 

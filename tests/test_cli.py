@@ -18,9 +18,12 @@ from rich.console import Console
 
 from conftest import SECRET, Command
 from fedpers.config import Config, dump_config, load_config
-from fedpers.data.base import Federation
+from fedpers.data.base import Federation, Source
 from fedpers.data.synthetic import Synthetic
-from fedpers.registry import names
+from fedpers.experiment import method_plan
+from fedpers.models.assets import ASSETS
+from fedpers.privacy.refusals import check_setup
+from fedpers.registry import find, names
 from fedpers.reporting import BarReporter, PlainReporter, Reporter, reporter
 
 USER = ("privacy.unit=user", "privacy.epsilon=8", "privacy.clip=1", "privacy.delta=1e-3")
@@ -64,6 +67,16 @@ BAD_VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown key": (("privacy.epsilom=2",), ("tiny.yaml", "unknown key 'privacy.epsilom'", "did you mean 'epsilon'")),
     "unknown section": (("privcy.epsilon=2",), ("unknown key 'privcy'", "did you mean 'privacy'")),
     "unknown key without a near one": (("engine.xyzzy=2",), ("'engine.xyzzy'", "allowed: cohort_size, token_budget")),
+    **{
+        key: ((f"model.{key}=1",), ("tiny.yaml", f"'model.{key}' is refused, leave it out", reason))
+        for key, reason in {
+            "adapter.use_dora": "identity matrix",
+            "adapter.modules_to_save": "belongs to no parameter group",
+            "adapter.lora_dropout": "every dropout is 0",
+            "adapter.bias": "stay frozen",
+            "gradient_checkpointing": "Opacus counts as one more use",
+        }.items()
+    },
     "wrong type": (("rounds=many",), ("rounds = 'many'", "integer")),
     "fraction of a round": (("rounds=1.5",), ("rounds = 1.5", "integer")),
     "a value where keys belong": (("privacy=strong",), ("privacy: input should be a valid dictionary",)),
@@ -113,6 +126,9 @@ BAD_SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a strategy that looks at single updates": ((*USER, "server.strategy=Krum"), ("'Krum'", "FedAvg", "unit=record")),
     "more layers than there are": (("model.adapter.layers=9",), ("model.adapter.layers = 9", "has 3 layers")),
     "unknown adapter target": (("model.adapter.targets=[qery]",), ("model.adapter.targets = ['qery']", "query, value")),
+    "an embedding as a target": (
+        ("model.adapter.targets=[word_embeddings]",), ("not found in the top layers", "word_embeddings is refused: an"),
+    ),
     "too small a pool": (("task.candidates=40",), ("120 texts", "40 candidates", "lower task.candidates")),
     "nobody to swap with": (("method=fedper", "data.users=1"), ("raise data.users",)),
     "a secret that is none": (("privacy.secret=abc",), ("privacy.secret", "64 hexadecimal digits")),
@@ -192,6 +208,18 @@ def test_other_commands_refuse_in_the_same_way(fedpers: Command, work: Path) -> 
     )  # fmt: skip
     assert_refused(fedpers, work, "export", "--public", "nowhere", "out", says=("nowhere", "no finished run"))
     assert_refused(fedpers, work, "export", "nowhere", "out", says=("--public",))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_configuration_that_comes_along_may_run(path: Path) -> None:
+    """Its names exist and nothing of it is refused, as far as that can be told without data."""
+    config = load_config(path)
+    assert config.name == path.stem.replace("_", "-")
+    check_setup(config, method_plan(config.method, config))
+    assert config.task.name in find("data", config.data.name, Source).tasks  # type: ignore[type-abstract]
+    assert config.model.backbone in ASSETS
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

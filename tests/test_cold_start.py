@@ -22,10 +22,14 @@ from test_tasks import Rated
 Tiny = Callable[..., Config]
 
 
-@pytest.fixture
-def run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A finished run on 4 of the 40 made-up raters, every other of whom gives large numbers."""
+@pytest.fixture(autouse=True)
+def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {("data", "rated"): Rated})
+
+
+@pytest.fixture
+def run(tiny: Tiny, tmp_path: Path) -> Run:
+    """A finished run on 4 of the 40 made-up raters, every other of whom gives large numbers."""
     data = {"name": "rated", "users": 4, "min_train": 8}
     return simulate(tiny(method="fedavg-finetune", rounds=1, data=data, task={"name": "rating"}), tmp_path / "run")
 
@@ -58,6 +62,23 @@ def test_nobody_of_the_run_is_among_them(run: Run) -> None:
     assert not set(members) & set(federation.users)
     assert all(len(rows) >= 8 for rows in federation.train)
     assert strangers(found, 8, 3).users == federation.users[:3]
+
+
+def test_people_held_out_are_there_also_where_all_take_part(tiny: Tiny, tmp_path: Path) -> None:
+    data = {"name": "rated", "users": None, "held_out": 5, "min_train": 8}
+    made = simulate(tiny(method="fedavg-finetune", rounds=1, data=data, task={"name": "rating"}), tmp_path / "all")
+    assert len(strangers(open_run(made.path), 8, None).users) == 5
+
+
+def test_whose_records_a_change_brought_in_is_nobody_new(tiny: Tiny, tmp_path: Path) -> None:
+    data = {"name": "rated", "users": 4, "drift": 0.5, "min_train": 8}
+    made = simulate(tiny(method="fedavg-finetune", rounds=1, data=data, task={"name": "rating"}), tmp_path / "changed")
+    found = open_run(made.path)
+    federation, new = load(found.config, seed_key(found.config.seed)), strangers(found, 8, None)
+    held = {record.id for part in (federation.train, federation.test) for rows in part for record in rows}
+    assert len(new.users) == 40 - 4 - 4
+    assert not held & {record.id for part in (new.train, new.test) for rows in part for record in rows}
+    assert all(record.id.startswith(user) for user, rows in zip(new.users, new.train, strict=True) for record in rows)
 
 
 def test_what_cannot_be_measured_is_refused(run: Run, tiny: Tiny, tmp_path: Path) -> None:

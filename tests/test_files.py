@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -21,6 +22,9 @@ from fedpers.errors import DataError
 from fedpers.formats.split import late, partners
 from fedpers.formats.tables import Bad, as_text, as_time
 from fedpers.privacy.randomness import seed_key
+from fedpers.tasks.base import Task
+from fedpers.tasks.classification import Classification
+from fedpers.tasks.rating import Rating
 from fedpers.tasks.reply_ranking import ReplyRanking
 
 Row = dict[str, Any]
@@ -367,7 +371,7 @@ def test_a_broken_csv_is_told_by_row_or_line_without_its_text(tmp_path: Path) ->
         with pytest.raises(DataError, match=r"mine.csv, line 12: not UTF-8"):
             federation(path, *overrides)
     path.write_text(f"{SECRET_WORDS},in,out\n")  # no header: what stands there may be anybody's text
-    with pytest.raises(DataError, match=r"no column 'user' among the 3 there") as refused:
+    with pytest.raises(DataError, match=r"mine.csv: data.columns.user: no column 'user' among the 3 there") as refused:
         federation(path)
     assert SECRET_WORDS not in str(refused.value)
 
@@ -387,12 +391,61 @@ def test_absent_and_odd_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no usable record"):
         federation(tmp_path / "a.jsonl")
     rows = people(MEMBERS[:2])
-    with pytest.raises(DataError, match=r"b.jsonl, line 1: no column 'author'"):
+    with pytest.raises(DataError, match=r"b.jsonl, line 1: data.columns.user: no column 'author' .*set it to null"):
         federation(jsonl(tmp_path / "b.jsonl", rows), "data.columns.user=author")
-    with pytest.raises(DataError, match=r"b.jsonl: no line has all the columns"):
+    with pytest.raises(DataError, match=r"b.jsonl: data.columns.user: no line has a column 'author'"):
         federation(tmp_path / "b.jsonl", "data.columns.user=author", "data.skip_bad=true")
     with pytest.raises(DataError, match="no user has enough records"):
         federation(tmp_path / "b.jsonl", "data.min_train=50", "data.max_train=50")
+
+
+def test_a_column_is_told_by_its_key(tmp_path: Path) -> None:
+    rows = [{"user": user, "text": f"in {n}", "stars": n % 5} for user in MEMBERS[:2] for n in range(10)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    columns = "data.columns={input: text, target: star}"
+    for name in ("a.jsonl, line 1", "a.parquet"):
+        found = f"{name}: data.columns.target: no column 'star' among the 3 there (nearest: 'stars'); name the column"
+        with pytest.raises(DataError, match=re.escape(found)) as refused:
+            federation(tmp_path / name.partition(",")[0], columns)
+        assert "null" not in str(refused.value)  # a target cannot be made up
+    with pytest.raises(DataError, match=r"a.jsonl: data.columns.target: no line has a column 'star'"):
+        federation(path, columns, "data.skip_bad=true")
+    with pytest.raises(DataError, match=r"data.columns.id: no column ''"):
+        federation(path, "data.columns={input: text, target: stars, id: ''}")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (Rating(TaskConfig(name="rating", low=0, high=4)), "is no number from 0 to 4"),
+        (
+            Classification(TaskConfig(name="classification", labels=tuple("01234"))),
+            "the targets of 1 records are not among task.labels",
+        ),
+    ],
+)
+def test_a_task_tells_a_bad_target_by_file_and_line(tmp_path: Path, task: Task, said: str) -> None:
+    """Rows of other users come before, so the number of the record in the federation is not that of the line."""
+    rows = [{"user": user, "input": f"in {n}", "target": n % 5} for n in range(10) for user in MEMBERS[:3]]
+    rows[10]["target"] = SECRET_WORDS
+    found = federation(jsonl(tmp_path / "mine.jsonl", rows))
+    with pytest.raises(DataError, match=said) as refused:
+        task.prepare(found, seed_key(0))
+    assert "the record at mine.jsonl, line 11" in str(refused.value)
+    assert SECRET_WORDS not in str(refused.value)
+
+
+def test_places_name_no_record(tmp_path: Path) -> None:
+    """Moving a file's rows changes places alone: users, ids and coins stay, and the federations are equal."""
+    rows = people(MEMBERS[:3])
+    one = federation(jsonl(tmp_path / "a.jsonl", rows))
+    path = tmp_path / "b.jsonl"
+    path.write_text("\n\n" + jsonl(path, rows).read_text(encoding="utf-8"), encoding="utf-8")
+    two = federation(path)
+    assert (one.train, one.test) == (two.train, two.test)
+    assert hash(one.train) == hash(two.train)
+    assert (one.train[0][0].place, two.train[0][0].place) == ("a.jsonl, line 1", "b.jsonl, line 3")
 
 
 def test_facts_name_no_person_no_text_and_no_folder(tmp_path: Path) -> None:
@@ -429,7 +482,7 @@ def test_a_run_on_own_files(tiny: Callable[..., Config], tmp_path: Path) -> None
 def test_the_configurations_of_the_page_are_valid(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "your_own_data.md").read_text(encoding="utf-8")
     blocks = [block.partition("```")[0] for block in page.split("```yaml\n")[1:]]
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     for number, block in enumerate(blocks):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block, encoding="utf-8")

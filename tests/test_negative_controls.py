@@ -182,8 +182,8 @@ CONTROLS = {
     ),
     "more clients asked than credited": Control(
         "fedpers.privacy.sampling",
-        "return np.flatnonzero(uniforms(key, (\"clients\", round_number), users)[:, 0] < rate)",
-        "return np.flatnonzero(uniforms(key, (\"clients\", round_number), users)[:, 0] < rate * 1.7)",
+        "return _hits(generator(key, \"clients\", round_number), rate, len(users))",
+        "return _hits(generator(key, \"clients\", round_number), rate * 1.7, len(users))",
         "client sampling", {"privacy": USER, "client_rate": 0.5, "local": BIG_STEPS},
     ),
     "clipping left out": Control(

@@ -465,12 +465,20 @@ def test_commands_say_what_they_did_and_what_is_wrong(
     assert "records held out" in out
     assert "no privacy budget is spent" in out
     assert "must not be shown to others" in out
-    code, out, _ = fedpers("score", finetuned, "--model", own, "--data", data, "--quiet")
-    assert code == 0
+    assert "warning: fewer than 10 records were held out" in out
+    code, out, err = fedpers("score", finetuned, "--model", own, "--data", data, "--quiet")
+    assert (code, err) == (0, "")
     found = dict(line.split() for line in out.splitlines())
     expected = score(finetuned, data, Which(model=own))
     assert found.keys() == {"rmse", "mae", "loss", "records"}
     assert float(found["rmse"]) == pytest.approx(expected.metrics["rmse"], rel=1e-5)
+    _, again, err = fedpers("score", finetuned, "--model", own, "--data", data)
+    assert again == out
+    assert "records that the model was trained on score too well" in err
+    lines(data, strangers(config, 1)[0])
+    _, out, _ = fedpers("personalize", finetuned, "--user-data", data, "--out", tmp_path / "2", "--test", "0.2")
+    assert "10 records held out" in out
+    assert "warning" not in out
 
     def refused(*arguments: object) -> str:
         code, _, err = fedpers(*arguments)

@@ -248,6 +248,9 @@ def test_missing_kinds_leave_nothing_invented() -> None:
     few = summarize(simulated({"own": 0.5, "global": 0.5}, records=8))
     assert few["metrics"]["own"]["worst_decile"] is None
     assert few["comparisons"]["global"]["null_helped"] is None
+    nobody = "Nobody has 10 test records, so nobody is counted as helped or harmed."
+    assert nobody in few["reading"]
+    assert nobody not in summarize(simulated({"own": 0.5, "global": 0.5}))["reading"]
 
 
 def test_other_metrics_have_no_coin_flip_null() -> None:

@@ -124,6 +124,22 @@ def test_a_gain_is_positive_where_less_is_better(tiny: Tiny, tiny_llama: Path, t
 # ---------------------------------------------------------------- rating
 
 
+@pytest.mark.parametrize(("scale", "said"), [({}, True), ({"low": 1}, True), ({"low": 1, "high": 5}, False)])
+def test_a_run_says_which_scale_it_assumes(
+    tiny: Tiny, tiny_llama: Path, tmp_path: Path, scale: dict[str, float], said: bool
+) -> None:
+    class Heard(Reporter):
+        def message(self, text: str) -> None:
+            heard.append(text)
+
+    heard: list[str] = []
+    given = settings("rating", tiny_llama)
+    given["task"] |= scale
+    simulate(tiny(method="local", rounds=0, **given), tmp_path / "run", reporter=Heard())
+    (line,) = [text for text in heard if "8 users of" in text]
+    assert ("ratings are taken to go from 1 to 5 (task.low, task.high)" in line) is said
+
+
 def test_ratings_are_measured_in_the_units_of_the_scale() -> None:
     task = Rating(TaskConfig(name="rating", low=-4, high=4))
     scores, targets = torch.tensor([[0.5], [-2.0], [0.0]]), torch.tensor([1.0, -4.0, 3.0])

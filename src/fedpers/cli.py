@@ -203,7 +203,7 @@ def _print_run(found: Any) -> None:
         versus.add_row(
             kind,
             f"{one['mean_gain']:+.3f} ({one['ci95'][0]:+.3f}, {one['ci95'][1]:+.3f})",
-            f"{one['helped']:g}/{one['tied']:g}/{one['harmed']:g}",
+            f"{one['helped']:g}/{one['tied']:g}/{one['harmed']:g}" if one["n_eligible"] else "nobody",
             "" if chance is None else f"{chance['low']:g} to {chance['high']:g}",
             f"{one['p_value']:.1g}",
         )

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from fedpers.cohort.model import CohortModel
 from fedpers.config import Family
-from fedpers.data.base import Federation, load
+from fedpers.data.base import Federation, everybody, load
 from fedpers.errors import ConfigError, RunDirectoryError
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import write_table
@@ -69,9 +69,9 @@ def cold_start(
 ) -> ColdStart:
     """Fit and measure models of people whom the run could have had but did not, and write table, JSON and figure.
 
-    They are those of the run's data source beyond its `data.users`, with `max(counts)` training records or more, so
-    that every point is about the same people. Their models are fitted at home to the last k training records, those
-    nearest to the test records, from the shared model (own) and from the public start (local).
+    They are those of the run's data source beyond its `data.users` or `data.held_out`, with `max(counts)` training
+    records or more, so that every point is about the same people. Their models are fitted at home to the last k
+    training records, those nearest to the test records, from the shared model (own) and from the public start (local).
 
     Args:
         run_dir: a finished run.
@@ -128,12 +128,14 @@ def cold_start(
 def strangers(run: Finished, fewest: int, most: int | None) -> Federation:
     """Return the people of the run's source whom it did not have, with so many training records or more.
 
+    Each has their own records, also where the members' preferences changed; who gave records for that was in the run.
     Raises ConfigError if there are none.
     """
     key = seed_key(run.config.seed)
     members = set(members_of(run))
-    data = run.config.data.model_copy(update={"users": None})
-    everyone = load(run.config.model_copy(update={"data": data}), key)
+    if run.config.data.drift is not None:
+        members |= set(load(run.config, key).donors)
+    everyone = everybody(run.config.data, key)
     places = [
         place for place, user in enumerate(everyone.users)
         if user not in members and len(everyone.train[place]) >= max(fewest, 1)
@@ -143,7 +145,8 @@ def strangers(run: Finished, fewest: int, most: int | None) -> Federation:
         most_held = max(others, default=0)
         raise ConfigError(
             f"nobody is left: the run had {len(members)} of {len(everyone.users)} people, and no other has {fewest} "
-            f"training records (the most is {most_held}); run with a smaller data.users, or ask for fewer (--records)."
+            f"training records (the most is {most_held}); run with a smaller data.users or with data.held_out, or ask "
+            "for fewer (--records)."
         )
     return replace(
         everyone,

@@ -25,10 +25,13 @@ def about(name: str, source: type[Source]) -> list[tuple[str, str]]:
 
 def numbers(federation: Federation) -> list[tuple[str, str]]:
     """Return a loaded federation's numbers and what a claim about it leaves out, as label and value."""
-    rows = [
-        ("users", f"{len(federation.users):,}"),
+    held = [("records", "made when they are needed")] if federation.lazy else [
         ("training records", _spread(sizes(federation.train))),
         ("test records", _spread(sizes(federation.test))),
+    ]  # fmt: skip
+    rows = [
+        ("users", f"{len(federation.users):,}"),
+        *held,
         ("public pool", f"{len(federation.pool):,} texts" if federation.pool else "none"),
     ]
     rows += [(name.replace("_", " "), f"{count:,}") for name, count in federation.counts.items()]

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from fedpers.cohort.batching import Index
 from fedpers.cohort.linear import Owners, to_cohort
 from fedpers.cohort.model import CohortModel
+from fedpers.cohort.products import supported
 from fedpers.cohort.rows import check_rows
 from fedpers.config import Config, result_text
 from fedpers.data import Federation, load
@@ -28,6 +30,7 @@ from fedpers.models import adapters
 from fedpers.models.array_names import HEAD, array_name, family_of, group_of
 from fedpers.models.backbone import Backbone
 from fedpers.plan import Plan, encodes, plan
+from fedpers.population import sample
 from fedpers.privacy.claim import METRICS, TUNING
 from fedpers.privacy.guarantee import Guarantee, resolve
 from fedpers.privacy.randomness import seed_key
@@ -35,6 +38,8 @@ from fedpers.privacy.refusals import check_setup
 from fedpers.registry import find
 from fedpers.reporting import Reporter
 from fedpers.tasks.base import Examples, Task
+
+FEW = 3  # users on whose records a model is tried out
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,17 @@ class Experiment:
     federation: Federation
     examples: Examples
     task: Task
-    swap: list[int] | None  # whose personal state each user tries; None where nothing is personal
+    # whose personal state each measured user tries, by position; None where nothing is personal
+    swap: Mapping[int, int] | None
+
+    @property
+    def measured(self) -> Sequence[int]:
+        """The positions of the users who are measured and train at home."""
+        return _measured(self.config, self.federation)
+
+    def records_of(self, users: Sequence[int]) -> Examples:
+        """Make the records of some users, by position, where records are made when they are needed."""
+        return _examples(self.config, self.federation.of(users), self.task)
 
     @property
     def excluded(self) -> list[str]:
@@ -91,22 +106,55 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
         _check_task(config)
         federation = load(config, seed_key(config.seed))
         task = find("tasks", config.task.name, Task)(config.task)  # type: ignore[type-abstract]
-        reuse.federations[key] = federation, task.prepare(federation, seed_key(config.seed)), task
+        some = federation.of(range(min(FEW, len(federation.users)))) if federation.lazy else federation
+        reuse.federations[key] = federation, _examples(config, some, task), task
     federation, examples, task = reuse.federations[key]
-    most = max(len(records) for records in federation.train)
-    if most > config.data.max_train:
-        raise DataError(
-            f"data {federation.source}: a user has {most} training records, more than data.max_train = "
-            f"{config.data.max_train}, which delta and noise are planned with; cap them in the data source."
+    if federation.lazy and config.engine.precision == "bf16":
+        raise ConfigError(
+            "data.lazy with engine.precision=bf16: what is frozen is computed again for each round, then by rounded "
+            "weights; choose one of them."
+        )
+    if federation.lazy and config.evaluation.users is None:
+        raise ConfigError(
+            "data.lazy: all users would be measured and train at home, so the records of all would be made; set "
+            "evaluation.users to how many are to be measured."
         )
     guarantee = resolve(config, own_plan, users=len(federation.users))
     swap = None
     if own_plan.personal:
         try:
-            swap = swap_partners(federation.users, federation.partners, seed_key(config.seed), federation.swap)
+            swap = _swap(federation, _measured(config, federation), seed_key(config.seed))
         except ValueError as error:
             raise DataError(f"data {federation.source}: {error}; raise data.users.") from error
     return Experiment(config, own_plan, local_plan, guarantee, federation, examples, task, swap)
+
+
+def _examples(config: Config, federation: Federation, task: Task) -> Examples:
+    """Make the examples of the users whose records are here; refuse more of them than was planned with."""
+    most = max((len(federation.train[user]) for user in federation.people), default=0)
+    if most > config.data.max_train:
+        raise DataError(
+            f"data {federation.source}: a user has {most} training records, more than data.max_train = "
+            f"{config.data.max_train}, which delta and noise are planned with; cap them in the data source."
+        )
+    return task.prepare(federation, seed_key(config.seed))
+
+
+def _measured(config: Config, federation: Federation) -> Sequence[int]:
+    return sample(len(federation.users), config.evaluation.users, seed_key(config.seed))
+
+
+def _swap(federation: Federation, measured: Sequence[int], key: bytes) -> dict[int, int]:
+    """Choose a swap partner for each measured user among the others."""
+    place = {user: number for number, user in enumerate(measured)}
+
+    def among(groups: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+        return [frozenset(place[other] for other in groups[user] if other in place) for user in measured]
+
+    names = [federation.users[user] for user in measured]
+    pools = None if federation.swap is None else among(federation.swap)
+    chosen = swap_partners(names, among(federation.partners), key, pools)
+    return {user: measured[other] for user, other in zip(measured, chosen, strict=True)}
 
 
 def _check_task(config: Config) -> None:
@@ -126,15 +174,18 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
     torch.set_num_threads(config.engine.threads)
     torch.use_deterministic_algorithms(True, warn_only=False)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time, changes nothing
+    if config.engine.precision == "bf16" and not supported():
+        reporter.message("engine.precision=bf16: this machine has no bfloat16 products, so fp32 would be faster")
     reuse = reuse or Reuse()
     parts = _json(config, "data", "task", "seed", "model", "engine")
     beyond, link = experiment.plan.beyond, experiment.plan.method.link
     key = parts, experiment.adapts, beyond, link
     if key not in reuse.models:
         # At their initial values adapters change nothing, so a model without them takes all from one with them.
-        donor = (
-            None if experiment.adapts else next((m for k, m in reuse.models.items() if k[:2] == (parts, True)), None)
-        )
+        lazy = bool(experiment.federation.lazy)
+        donor = None
+        if not (experiment.adapts or lazy or config.engine.precision == "bf16"):
+            donor = next((m for k, m in reuse.models.items() if k[:2] == (parts, True)), None)
         reuse.models[key] = CohortModel(
             config,
             experiment.task,
@@ -145,19 +196,33 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
             donor,
             beyond,
             link,
+            experiment.records_of if lazy else None,
         )
     if experiment.guarantee.unit != "none":
         check_separate(reuse.models[key])
         check_rows(experiment.plan, reuse.models[key], config)
-        written = {"method": experiment.plan.method, "task": type(experiment.task)}
-        for what, kind in written.items() if config.privacy.secret is not None else ():
-            if not _source(kind):
-                raise PrivacyRefusal(
-                    f"privacy.secret with the {what} {kind.__name__}: no file defines it, so a changed version could "
-                    "not be told from this one and would draw the same noise; leave privacy.secret out, or put the "
-                    f"{what} into a file."
-                )
+        _check_secret(experiment)
     return reuse.models[key]
+
+
+def _check_secret(experiment: Experiment) -> None:
+    """Refuse a given secret where a changed run could not be told from this one and would draw the same noise."""
+    if experiment.config.privacy.secret is None:
+        return
+    for what, kind in {"method": experiment.plan.method, "task": type(experiment.task)}.items():
+        if not _source(kind):
+            raise PrivacyRefusal(
+                f"privacy.secret with the {what} {kind.__name__}: no file defines it, so a changed version could "
+                "not be told from this one and would draw the same noise; leave privacy.secret out, or put the "
+                f"{what} into a file."
+            )
+    source = find("data", experiment.config.data.name, Source)  # type: ignore[type-abstract]
+    if experiment.federation.lazy and not source.__module__.startswith("fedpers."):
+        raise PrivacyRefusal(
+            f"privacy.secret with the lazy data source {source.__name__}: records are made when they are needed, so "
+            "changed ones could not be told from these and would meet the same noise; leave privacy.secret out, or "
+            "set data.lazy=false."
+        )
 
 
 def check_separate(model: CohortModel) -> None:
@@ -166,7 +231,7 @@ def check_separate(model: CohortModel) -> None:
     Raises:
         PrivacyRefusal: a task or a backbone in which one record shapes another's loss, so that clipping bounds nothing.
     """
-    rows = np.concatenate([held[:2] for held in model.examples.train[:3]])
+    rows = np.concatenate([model.examples.train[user][:2] for user in model.examples.people[:FEW]])
     owners = np.zeros_like(rows)
     generator = torch.Generator().manual_seed(0)
     model.load({n: t[None] + 0.1 * torch.randn(1, *t.shape, generator=generator) for n, t in model.initial.items()})
@@ -209,23 +274,27 @@ def identity(experiment: Experiment, model: CohortModel) -> str:
 
     The run's keys are made from it, so that a secret which is given twice makes the same noise for the same run alone.
     """
-    examples = experiment.examples
+    examples, lazy = experiment.examples, experiment.federation.lazy
     digest = hashlib.sha256()
-    for part in (examples.users, examples.ids, examples.inputs, examples.texts):
+    # What makes the records stands for those that are not made; some are, and tell how they are read.
+    users = (len(examples.users), lazy) if lazy else examples.users
+    for part in (users, examples.ids, examples.inputs, examples.texts):
         digest.update(repr(part).encode())
     digest.update(examples.candidates.tobytes() + examples.targets.tobytes())
     digest.update(repr(examples.continuations).encode())
-    for tokens in (model.inputs, model.texts):  # what a tokenizer makes of texts hangs on more than its vocabulary
+    read = model.read(examples) if lazy else (model.inputs, model.texts)
+    for tokens in read:  # what a tokenizer makes of texts hangs on more than its vocabulary
         digest.update(repr((tokens.starts, [ids.tolist() for ids in tokens.ids])).encode())
     for kind in (experiment.plan.method, type(experiment.task)):
         digest.update(_source(kind).encode())
-    for rows in examples.train:
+    for rows in (examples.train[user] for user in examples.people):
         digest.update(len(rows).to_bytes(8, "little") + rows.tobytes())
     plan = experiment.plan
     phases = [str(phase) for part in (plan.round, plan.finish) for phase in part]
     scopes = sorted((group, str(scope)) for group, scope in plan.scopes.items())
     table = [scopes, len(plan.round), phases, plan.head, sorted(plan.options.items()), plan.method.functions()]
-    parts = [result_text(experiment.config), table, digest.hexdigest(), model.fingerprint]
+    # Whether anything adapts, if only the baseline, decides in which precision contexts are computed.
+    parts = [result_text(experiment.config), experiment.adapts, table, digest.hexdigest(), model.fingerprint]
     return json.dumps([*parts, version("fedpers")])
 
 

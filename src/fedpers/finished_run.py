@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,20 @@ def chosen(run: Finished, which: Which) -> Arrays:
 
 def _of_member(run: Finished, user: str) -> Arrays:
     """Return what a member's own model has beyond the shared one, from the run's private store."""
+    found, members = of_members(run)
+    place = _place(run, user, members)
+    check_trained(run, place)
+    return {name: np.array(array[place]) for name, array in found.items()}
+
+
+def of_members(run: Finished) -> tuple[Arrays, int]:
+    """Return what all members' own models have beyond the shared one, (members, out, in) by name and not read yet, and
+    the number of members.
+
+    Raises:
+        ConfigError: a method that keeps nothing personal.
+        RunDirectoryError: the run's private store is not there or damaged.
+    """
     if not run.plan.personal:
         raise ConfigError(f"method {run.config.method!r} keeps nothing personal: a user's model is --shared.")
     folder = run.path / "private" / "own"
@@ -133,13 +147,26 @@ def _of_member(run: Finished, user: str) -> Arrays:
     except (ValueError, EOFError) as error:
         raise RunDirectoryError(f"{folder} is damaged; restore it from a copy.") from error
     members = len(found.pop("written"))
-    place = _place(run, user, members)
     if {group_of(name) for name in found} != run.stored or any(len(array) != members for array in found.values()):
         raise RunDirectoryError(f"{folder} is damaged; restore it from a copy.")
-    return {name: np.array(array[place]) for name, array in found.items()}
+    return found, members
 
 
-def members_of(run: Finished) -> tuple[str, ...]:
+def check_trained(run: Finished, place: int | None = None) -> None:
+    """Refuse a member who did not train at home, since `evaluation.users` are fewer; by default refuse if any did not.
+
+    Raises:
+        ConfigError: the own model in the store would be the public initial value.
+    """
+    written = np.load(run.path / "private" / "own" / "written.npy")
+    if not (written.all() if place is None else written[place]):
+        raise ConfigError(
+            f"only {int(written.sum())} of {len(written)} members were measured and have an own model in {run.path}; "
+            "choose one of them (users.parquet), or run again without evaluation.users."
+        )
+
+
+def members_of(run: Finished) -> Sequence[str]:
     """Return the ids of a run's members, by their number; of an exported run, whom its data source gives today."""
     path = run.path / "private" / MEMBERS
     if path.exists():

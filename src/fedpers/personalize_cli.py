@@ -1,4 +1,4 @@
-"""The commands `fedpers personalize`, `score`, `generate` and `cold-start`. Errors go up to the main command line."""
+"""The commands `personalize`, `score`, `generate`, `cold-start` and `write`. Errors go up to the main command line."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def personalize(
     """Fit a personal model to a new user's records, on top of a finished run."""
     wanted = _families(groups)
     from fedpers import personalize as use
+    from fedpers.evaluation.statistics import MINIMUM_RECORDS
     from fedpers.models.assets import cache_dir
     from fedpers.simulation import free_directory
 
@@ -58,6 +59,8 @@ def personalize(
         for name, one in (("own", found.own), ("shared", found.common)):
             table.add_row(name, *(f"{value:.4f}" for value in one.metrics.values()))
         out_.print(table)
+        if found.own.records < MINIMUM_RECORDS:
+            typer.echo(f"warning: fewer than {MINIMUM_RECORDS} records were held out; they hardly tell the two apart")
     for line in (
         f"fitted to {found.train} records; no privacy budget is spent, since nothing of it is sent",
         f"personal model: {found.path}, {use.PRIVATE}",
@@ -74,11 +77,12 @@ def score(
     shared: Shared = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure one model of a finished run on your records."""
+    """Measure one model of a finished run on your records. It scores too well on those that it was trained on."""
     from fedpers import try_model
     from fedpers.finished_run import Which
 
     with _reporting(quiet) as progress:
+        progress.message("records that the model was trained on score too well; which these are cannot be known here")
         found = try_model.score(run_directory, data, Which(user, model, shared), progress)
     for name, value in found.metrics.items():
         typer.echo(f"{name} {value:.6g}")
@@ -163,4 +167,39 @@ def cold_start(
     typer.echo(f"table and figure: {place}")
 
 
-COMMANDS = (personalize, score, generate, cold_start)
+def write(
+    run_directory: Run,
+    users: Annotated[int | None, typer.Option(help="The first so many members.", show_default=False)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="At most so many of an answer; 32 or what fits.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new directory; by default runs/NAME-written, numbered.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Let a language-model run's models answer members' test records, and score the answers; no text is kept."""
+    from fedpers import write_texts as use
+    from fedpers.models.assets import cache_dir
+    from fedpers.simulation import free_directory
+
+    place = out or free_directory(Path("runs"), f"{run_directory.resolve().name}-written")
+    with _reporting(quiet) as progress:
+        found = use.write_texts(run_directory, place, users=users, tokens=tokens, reporter=progress)
+    table = Table(
+        "model", "metric", "mean (95% interval)", f"{found.first} over it", "p", box=SIMPLE,
+        title=f"{found.records} test records of {found.people} people, at most {found.tokens} tokens written",
+    )  # fmt: skip
+    for kind, means in found.means.items():
+        for metric, (mean, low, high) in means.items():
+            cells = [kind, metric, f"{mean:.4f} ({low:.4f}, {high:.4f})"]
+            if kind in found.gains:
+                gain, low, high, p = found.gains[kind][metric]
+                cells += [f"{gain:+.4f} ({low:+.4f}, {high:+.4f})", f"{p:.2g}"]
+            table.add_row(*cells)
+    Console().print(table)
+    typer.echo(f"table, metrics of single people, as private: {place}")
+    typer.echo(f"features of the texts, as private: {cache_dir() / 'features'}, may be deleted")
+
+
+COMMANDS = (personalize, score, generate, cold_start, write)

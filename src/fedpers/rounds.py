@@ -137,14 +137,14 @@ def _norms(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
 
 def _measure(experiment: Experiment, clients: Clients, shared: Arrays) -> dict[str, float]:
     """The task's metric of the shared model, averaged over users, and of the users' own if they move in the rounds."""
-    users, task = range(len(experiment.examples.users)), experiment.task
+    users, task = experiment.measured, experiment.task
     kinds = {"global": evaluation.common(clients.model, clients.layout.common(shared), "shared")}
     if experiment.plan.moves_personal_state:
         kinds["own"] = evaluation.own(clients, shared, clients.store)
     found = evaluation.measure(clients.model, users, kinds)
     return {
         f"{kind}_{task.metric}": float(
-            np.mean([user[task.metric] for user in evaluation.per_user(task, r, experiment.examples, users)])
+            np.mean([user[task.metric] for user in evaluation.per_user(task, r, clients.model.examples, users)])
         )
         for kind, r in found.items()
     }

@@ -120,8 +120,9 @@ def simulate(
     model = build_model(experiment, reporter, reuse)
     if not directory.started:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
-    users = range(len(experiment.examples.users))
-    store = PersonalStore(directory.private / "rounds", len(users), layout(config, experiment.plan, model).kept())
+    users = experiment.measured
+    everybody = len(experiment.examples.users)
+    store = PersonalStore(directory.private / "rounds", everybody, layout(config, experiment.plan, model).kept())
     server_key, clients_key = run_keys(directory.secret(), identity(experiment, model))
     clients = Clients(config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
@@ -132,7 +133,7 @@ def simulate(
     found = evaluation.measure(model, users, kinds)
 
     task = experiment.task
-    table = users_table(evaluation.rows(task, found, experiment.examples, users, config.seed), task.columns)
+    table = users_table(evaluation.rows(task, found, model.examples, users, config.seed), task.columns)
     rounds = pa.Table.from_pylist(history, schema=rounds_schema(task.metric))
     write_table(table, directory.path / "users.parquet")
     write_table(rounds, directory.path / "rounds.parquet")
@@ -154,7 +155,8 @@ def simulate(
         )  # fmt: skip
         excluded = [*excluded, *frontier.further_runs(ledger, cells)]
         claim = claim_from(ledger, expected_rounds=len(history), excluded=excluded)
-    directory.write_members(experiment.examples.users)
+    if not experiment.federation.lazy:  # there the source tells who is who
+        directory.write_members(experiment.examples.users)
     directory.write_text("claim.json", claim.to_json())
     if forecast is not None:
         directory.write_text("forecast.json", forecast.to_json())
@@ -183,10 +185,11 @@ def _train_at_home(
 ) -> dict[str, evaluation.Kind]:
     """Run what follows the last release, for the method and the local-only baseline; returns the models to measure."""
     model, plan = clients.model, experiment.plan
-    users = range(len(experiment.examples.users))
+    users, everybody = experiment.measured, len(experiment.examples.users)
+    model.present(users)
 
     def train_all(who: Clients, start: Arrays, rounds: PersonalStore | None, name: str) -> PersonalStore:
-        store = directory.fresh_store(name, len(users), model.initial_of(who.plan.personal))
+        store = directory.fresh_store(name, everybody, model.initial_of(who.plan.personal))
         done = 0
         for cohort, parameters in who.finish(users, start, rounds):
             store.stage(cohort, {name: parameters[name] for name in store.arrays})
@@ -231,9 +234,15 @@ def free_directory(parent: Path, name: str, resume: bool = False) -> Path:
 
 def _people(experiment: Experiment) -> str:
     federation = experiment.federation
+    if federation.lazy:
+        return f"{len(federation.users)} users of {federation.source}, whose records are made when they are needed"
     train, test = (sum(map(len, part)) for part in (federation.train, federation.test))
     skipped = ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in federation.counts.items())
-    return f"{len(federation.users)} users of {federation.source}: {train} training and {test} test records ({skipped})"
+    task, scale = experiment.config.task, ""
+    if task.name == "rating" and not {"low", "high"} <= task.model_fields_set:
+        scale = f"; ratings are taken to go from {task.low:g} to {task.high:g} (task.low, task.high)"
+    people = f"{len(federation.users)} users of {federation.source}"
+    return f"{people}: {train} training and {test} test records ({skipped}){scale}"
 
 
 def _summary(

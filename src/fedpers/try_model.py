@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fedpers.cohort.model import CohortModel
 from fedpers.data.base import Record
+from fedpers.decoding import likeliest, with_room, write
 from fedpers.errors import ConfigError
 from fedpers.evaluation import models as evaluation
 from fedpers.finished_run import (
@@ -32,6 +32,8 @@ from fedpers.tasks.base import Examples
 
 def score(run_dir: Path, data: Path, which: Which, reporter: Reporter | None = None) -> Measured:
     """Measure one model of a run on a JSONL of {"input", "target"}, as the run measures its members.
+
+    Records that the model was trained on score too well; a run keeps nobody's records, so they cannot be told apart.
 
     Raises:
         FedpersError: as `personalize`; a user or a model that is not there.
@@ -71,44 +73,21 @@ def generate(
         FedpersError: as `score`.
     """
     run = open_run(run_dir)
-    if not run.task.causal:
-        raise ConfigError(f"task {run.config.task.name!r} writes no text; try its models with `fedpers score`.")
-    room = run.config.data.max_tokens
-    most = 3 * room // 4
-    tokens = min(32, most) if tokens is None else tokens
-    if not 1 <= tokens <= most:
-        raise ConfigError(f"--tokens {tokens}: expected 1 to {most}, three quarters of the run's data.max_tokens.")
+    short, tokens = with_room(run, tokens)
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ConfigError(f"--temperature {temperature:g}: expected 0 or more.")
     arrays = chosen(run, which)
-    # The task lays a text out with the end of text alone after it; what is written must fit behind what is read.
-    data = run.config.data.model_copy(update={"max_tokens": room - tokens + 1})
-    short = replace(run, config=run.config.model_copy(update={"data": data}))
     nothing = np.zeros(0, dtype=np.int64)
     row = Examples((NEWCOMER,), ("prompt",), (prompt,), (nothing,), (np.arange(1),), continuations=("",))
     federation = federation_of("the prompt", (), (Record("prompt", "prompt", prompt, ""),), ())
     model = model_over(short, plan_of(run, arrays), federation, row, reporter)
     check_fit(model, arrays, run.path)
     model.load(evaluation.common(model, arrays, "it").parameters([0]))
-    written = _continue(model, tokens, torch.Generator().manual_seed(seed), temperature)
+    draws = torch.Generator().manual_seed(seed)
+
+    def drawn(scores: Tensor) -> Tensor:
+        return torch.multinomial(torch.softmax(scores / temperature, dim=1), 1, generator=draws)[:, 0]
+
+    first = np.zeros(1, dtype=np.int64)
+    (written,) = write(model, first, first, tokens, drawn if temperature else likeliest)
     return str(model.backbone.tokenizer.decode(written, skip_special_tokens=True))
-
-
-@torch.no_grad()
-def _continue(model: CohortModel, tokens: int, draws: torch.Generator, temperature: float) -> list[int]:
-    ids = model.inputs.ids[0][: model.inputs.starts[0]]
-    end, written = model.backbone.tokenizer.eos_token_id, list[int]()
-    model.owners.set(torch.zeros(1, dtype=torch.long))
-    while len(written) < tokens:
-        with model._mixed(np.zeros(1, dtype=np.int64)):
-            hidden = model.backbone.last(ids[None], torch.ones_like(ids)[None])
-        scores = model.head(hidden[:, -1:])[0, 0] @ model.backbone.vocabulary.T
-        if temperature:
-            token = int(torch.multinomial(torch.softmax(scores / temperature, dim=0), 1, generator=draws))
-        else:
-            token = int(scores.argmax())
-        if token == end:
-            break
-        written.append(token)
-        ids = torch.cat([ids, torch.tensor([token])])
-    return written

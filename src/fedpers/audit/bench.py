@@ -53,6 +53,7 @@ def slice_of(config: Config) -> Config:
             "users": min(config.data.users or USERS, USERS),
             "max_train": min(config.data.max_train, max(RECORDS, config.data.min_train)),
             "max_test": config.data.min_test,
+            "lazy": False,
         }
     )
     privacy = config.privacy

@@ -184,7 +184,7 @@ def with_canaries(experiment: Experiment, count: int) -> Experiment:
     examples, none = experiment.examples, np.zeros(0, np.int64)
     users = (*examples.users, *(f"canary/{number}" for number in range(count)))
     extended = replace(
-        examples, users=users, train=examples.train + (none,) * count, test=examples.test + (none,) * count
+        examples, users=users, train=(*examples.train, *[none] * count), test=(*examples.test, *[none] * count)
     )
     guarantee = resolve(experiment.config, experiment.plan, users=len(users))
     return replace(experiment, examples=extended, guarantee=guarantee)

@@ -22,7 +22,7 @@ from fedpers.audit.inversion import inversion_report
 from fedpers.audit.membership import membership
 from fedpers.audit.probe import TOLERANCE, probe
 from fedpers.config import Config, parse_config
-from fedpers.errors import RunDirectoryError
+from fedpers.errors import ConfigError, RunDirectoryError
 from fedpers.experiment import prepare
 from fedpers.figures.audit import claimed_and_found
 from fedpers.models.backbone import Backbone
@@ -66,6 +66,11 @@ def audit(config: Config, out: Path, *, probe_only: bool = False, reporter: Repo
     reporter, began = reporter or Reporter(), time.monotonic()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunDirectoryError(f"{out} holds something already; choose a new directory with --out.")
+    if config.data.lazy and not probe_only:
+        raise ConfigError(
+            "data.lazy: the attacks train on the records of all users; say --probe, or data.lazy=false and fewer "
+            "data.users."
+        )
     config = config.model_copy(update={"frontier": None})
     findings = _timed("probe", reporter, lambda: probe(config, reporter))
     inversion: dict[str, dict[str, float]] = {}

@@ -22,6 +22,7 @@ from fedpers.cohort.visits import Choice, arrive, clone, leave, repeat
 from fedpers.config import Config, LearningRates, TrainConfig
 from fedpers.methods.base import PERSONAL, Method, Phase
 from fedpers.plan import Plan
+from fedpers.population import OnDemand
 from fedpers.privacy.guarantee import Guarantee
 from fedpers.privacy.mechanisms import clip_update, noise_share
 from fedpers.privacy.randomness import Part, generator, seed_key, uniforms
@@ -39,7 +40,8 @@ class Clients:
         self, config: Config, plan: Plan, guarantee: Guarantee, model: CohortModel, store: PersonalStore, secret: bytes
     ) -> None:
         self.config, self.plan, self.guarantee = config, plan, guarantee
-        self.model, self.examples, self.store = model, model.examples, store
+        self.model, self.store = model, store
+        self._examples: Examples | None = None
         self._secret = secret
         self.layout = layout(config, plan, model)
         self.shared_names = self.layout.down
@@ -47,6 +49,15 @@ class Clients:
         self.stats = Stats()  # the simulator's own channel
         self.nonfinite_updates = 0
         self.noise: dict[str, Tensor] = {}  # of the clients' own making in the last round, added up over them
+
+    @property
+    def examples(self) -> Examples:
+        """The records that are trained on: the model's, unless others are set."""
+        return self.model.examples if self._examples is None else self._examples
+
+    @examples.setter
+    def examples(self, examples: Examples) -> None:
+        self._examples = examples
 
     def train_round(self, round_number: int, users: Sequence[int], shared: Arrays) -> dict[str, NDArray[np.float32]]:
         """Run the round's phases for users; returns what they send, (users, out, in) for each name that travels up.
@@ -231,9 +242,11 @@ class Clients:
         half = self.plan.half(phase)
         if half == "all":
             return self.examples
+        whole = self.examples.train
         coins = uniforms(_HALVES, ("half",), self.examples.ids)[:, 0] < 0.5
         behind_head = coins if half == "head" else ~coins
-        return replace(self.examples, train=tuple(rows[behind_head[rows]] for rows in self.examples.train))
+        halves = OnDemand(len(whole), lambda user: whole[user][behind_head[whole[user]]])
+        return replace(self.examples, train=halves)
 
     def step_noise(self, cohort: list[int], phase: Phase, address: tuple[Part, ...]) -> Noise:
         """Return the standard normal noise of a phase by step, one tensor (clients, out, in) for each trained array."""

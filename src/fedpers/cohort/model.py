@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch.nn import functional
 from fedpers.cohort.batching import Index, microbatches
 from fedpers.cohort.linear import CohortLinear, Layer, Owners, to_cohort
 from fedpers.cohort.prefix_cache import Embedded, Prefix, Progress
+from fedpers.cohort.products import round_linears
 from fedpers.config import Config, expand
 from fedpers.models import adapters
 from fedpers.models.array_names import GATE, HEAD, SECOND, array_name, group_of
@@ -58,6 +60,7 @@ class CohortModel(nn.Module):
         donor: CohortModel | None = None,
         extra: Collection[str] = (),
         link: Link = "linear",
+        records_of: Callable[[Sequence[int]], Examples] | None = None,
     ) -> None:
         """Load the backbone and compute what is frozen.
 
@@ -71,49 +74,38 @@ class CohortModel(nn.Module):
             donor: a model with adapters, from which one without takes all that is frozen.
             extra: further groups, or their aliases, of a model that adapts: A2, B2, gate, residual, norm.
             link: makes the mixing weight g of the gate's output.
+            records_of: makes the records of some users, where they are made when needed; `examples` are then those
+                of a few.
 
         Raises:
             ConfigError: an adapter or extra groups that do not fit the backbone, or a backbone that cannot be cut.
         """
         super().__init__()
         backbone: Backbone = Backbone(config.model.backbone) if donor is None else donor.backbone
-        budget = config.engine.token_budget
-        self.task, self.examples, self.budget = task, examples, budget
+        self.task, self.adapts, self.records_of = task, adapt, records_of
+        self.budget, self.max_tokens = config.engine.token_budget, config.data.max_tokens
+        self.precision = config.engine.precision
         self.backbone: Backbone = backbone
         self.fingerprint: str = backbone.fingerprint() if donor is None else donor.fingerprint  # before LoRA is placed
-        # Frozen features come first: they are computed on the plain backbone.
-        inputs = task.tokenize(backbone, examples, config.data.max_tokens)
-        self.inputs = inputs
-        self.texts: Tokens = backbone.tokenize(examples.texts, config.data.max_tokens) if donor is None else donor.texts
-        if task.causal:
-            self.candidates = torch.zeros(0, backbone.width)
-        elif donor is None:
-            self.candidates = Embedded(backbone, self.texts, budget, progress, "candidates").vectors
-        else:
-            self.candidates = donor.candidates
-        self.lengths: Index = inputs.lengths.numpy()
-        self.longest = int(self.lengths.max(initial=0))
         self.owners = Owners()
         self.lora: Any | None = None
         self.scaling: float = config.model.adapter.alpha / config.model.adapter.rank
         self.link: Link = link
+        self.gated = adapt and "gate" in expand(extra)
         self.gate: CohortLinear | None = None
         self.features: Tensor | None = None
         self.lora_layers: list[Any] = []
-        layers: dict[str, Layer] = {}
         self.prefix: Prefix | None = None
         self.frozen_contexts: Tensor | None = None
         self.layer: int = backbone.depth  # the lowest block that may move; at the depth, none does
         if adapt:
-            layers = self._adapt(config, inputs, expand(extra), progress)
-        elif task.causal:
-            self.prefix = Prefix(backbone, inputs, backbone.depth, budget, progress)
-        elif donor is None:
-            self.frozen_contexts = Embedded(backbone, inputs, budget, progress, "contexts").vectors
-        else:
-            donor.load(donor.broadcast(1))
-            rows = np.arange(len(self.lengths))
-            self.frozen_contexts = donor.all_contexts(rows, np.zeros_like(rows))
+            self.layer = backbone.depth - config.model.adapter.layers
+            if self.layer >= 0:
+                backbone.check_split(self.layer)
+        self._present: tuple[int, ...] | None = None
+        # Frozen features come first: they are computed on the plain backbone.
+        self._take_up(examples, progress, donor)
+        layers: dict[str, Layer] = self._adapt(config, expand(extra)) if adapt else {}
         self.head = task.head(backbone.width)
         for name, layer in to_cohort(self.head, self.owners).items():
             layers[f"{HEAD}{name}.weight"] = layer
@@ -126,21 +118,70 @@ class CohortModel(nn.Module):
         for layer in self.layers.values():
             layer.train()
 
-    def _adapt(self, config: Config, inputs: Tokens, extra: Collection[str], progress: Progress) -> dict[str, Layer]:
-        """Compute what is frozen, then place the adapters and the extra groups; returns their layers by array name."""
-        backbone, budget = self.backbone, config.engine.token_budget
-        if "gate" in extra:
+    def read(self, examples: Examples) -> tuple[Tokens, Tokens]:
+        """Return the tokens of inputs and of candidates."""
+        inputs = self.task.tokenize(self.backbone, examples, self.max_tokens)
+        return inputs, self.backbone.tokenize(examples.texts, self.max_tokens)
+
+    def present(self, users: Sequence[int]) -> None:
+        """Have the records of these users, by position, at hand; nothing has to be done where everybody's are.
+
+        Rows are then those of `examples` as it is now, and the records of others are gone.
+        """
+        if self.records_of is None or self._present == tuple(users):
+            return
+        self._present = None
+        examples = self.records_of(users)
+        # Adapters at their initial values change nothing, so that this is the frozen backbone.
+        self.load(self.broadcast(1))
+        first = self.backbone.model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: self.owners.set(torch.zeros(len(kwargs["input_ids"]), dtype=torch.long)),
+            with_kwargs=True,
+        )
+        try:
+            self._take_up(examples, lambda what, done, total: None)
+        finally:
+            first.remove()
+        self._present = tuple(users)
+
+    def _take_up(self, examples: Examples, progress: Progress, donor: CohortModel | None = None) -> None:
+        """Compute what the frozen backbone makes of these records."""
+        backbone, budget = self.backbone, self.budget
+        keep = self.records_of is None  # on disk; what is made anew for each round would crowd out the rest
+        self.examples = examples
+        inputs, self.texts = self.read(examples)
+        self.inputs = inputs
+        if self.task.causal:
+            self.candidates = torch.zeros(0, backbone.width)
+        elif donor is None:
+            self.candidates = Embedded(backbone, self.texts, budget, progress, "candidates", keep).vectors
+        else:
+            self.candidates = donor.candidates
+        self.lengths: Index = inputs.lengths.numpy()
+        self.longest = int(self.lengths.max(initial=0))
+        if self.gated:
             # Of a language model what comes before the words to predict: a gate must not read the answer.
-            self.features = Embedded(backbone, inputs.before(), budget, progress, "contexts").vectors
-        self.layer = backbone.depth - config.model.adapter.layers
-        if self.layer >= 0:
-            backbone.check_split(self.layer)
-            self.prefix = Prefix(backbone, inputs, self.layer, budget, progress)
+            self.features = Embedded(backbone, inputs.before(), budget, progress, "contexts", keep).vectors
+        if self.adapts or self.task.causal:
+            if self.layer >= 0:
+                self.prefix = Prefix(backbone, inputs, self.layer, budget, progress, keep)
+        elif donor is None:
+            self.frozen_contexts = Embedded(backbone, inputs, budget, progress, "contexts", keep).vectors
+        else:
+            donor.load(donor.broadcast(1))
+            rows = np.arange(len(self.lengths))
+            self.frozen_contexts = donor.all_contexts(rows, np.zeros_like(rows))
+
+    def _adapt(self, config: Config, extra: Collection[str]) -> dict[str, Layer]:
+        """Place the adapters and the extra groups; returns their layers by array name."""
+        backbone = self.backbone
         placed = adapters.place(backbone, config.model.adapter, extra)
         self.lora = placed.peft_config["default"]
         self.lora_layers = adapters.lora_layers(placed)
         self.encoder = backbone.model
         layers = {array_name(name): layer for name, layer in to_cohort(placed, self.owners).items()}
+        if config.engine.precision == "bf16":
+            round_linears(backbone.blocks[max(self.layer, 0) :])
         if "gate" in extra:
             self.gate = CohortLinear(backbone.width + 1, 1, self.owners)  # the last input is 1
             layers[GATE] = self.gate
@@ -214,9 +255,15 @@ class CohortModel(nn.Module):
         batch = Batch(
             lambda: gather(self.candidates, self.examples.candidates[rows]),
             lambda: next_tokens(self.inputs, rows, contexts.shape[1]),
-            lambda: self.backbone.vocabulary,
+            lambda: self.vocabulary,
         )
         return self.task.scores(self.head, contexts, batch)
+
+    @cached_property
+    def vocabulary(self) -> Tensor:
+        """The backbone's output embeddings (vocabulary, width), in the precision of products."""
+        vocabulary = self.backbone.vocabulary
+        return vocabulary.bfloat16() if self.precision == "bf16" else vocabulary
 
     def losses(self, contexts: Tensor, rows: Index, owners: Tensor) -> Tensor:
         """Return the loss of each record, (records,)."""

@@ -26,19 +26,24 @@ from fedpers.models.backbone import Backbone, Tokens
 MAX_BYTES = 8 * 2**30  # of all cached files together; the least recently used go first
 FORMAT = 1
 Progress = Callable[[str, int, int], None]  # what, done, total
+Fill = Callable[[NDArray[np.float32], Index, Tensor, Tensor], None]  # into, rows, token ids, mask
 
 
 class Embedded:
-    """Unit-length vectors of texts by the frozen backbone, shape (texts, width)."""
+    """Unit-length vectors of texts by the frozen backbone, shape (texts, width); equal texts are encoded once."""
 
-    def __init__(self, backbone: Backbone, tokens: Tokens, budget: int, progress: Progress, what: str) -> None:
+    def __init__(
+        self, backbone: Backbone, tokens: Tokens, budget: int, progress: Progress, what: str, keep: bool = True
+    ) -> None:
         def fill(out: NDArray[np.float32], rows: Index, ids: Tensor, mask: Tensor) -> None:
             out[rows] = backbone.encode(ids, mask).numpy()
 
-        shape = (len(tokens.ids), backbone.width)
-        self.vectors = torch.from_numpy(
-            np.array(_cached(backbone, tokens, "pooled", shape, fill, budget, progress, what))
-        )
+        places: dict[tuple[int, ...], int] = {}
+        rows = [places.setdefault(tuple(ids.tolist()), len(places)) for ids in tokens.ids]
+        distinct = Tokens(tuple(torch.tensor(ids, dtype=torch.long) for ids in places))
+        shape = (len(places), backbone.width)
+        found = _cached(backbone, distinct, "pooled", shape, fill, budget, progress, what, keep)
+        self.vectors = torch.from_numpy(found[np.array(rows, dtype=np.int64)])
 
 
 class Prefix:
@@ -47,7 +52,9 @@ class Prefix:
     With `layer` at the backbone's depth they are what the whole backbone gives.
     """
 
-    def __init__(self, backbone: Backbone, tokens: Tokens, layer: int, budget: int, progress: Progress) -> None:
+    def __init__(
+        self, backbone: Backbone, tokens: Tokens, layer: int, budget: int, progress: Progress, keep: bool = True
+    ) -> None:
         self.lengths: Index = tokens.lengths.numpy()
         self.offsets: Index = np.concatenate([[0], np.cumsum(self.lengths)])
 
@@ -58,7 +65,7 @@ class Prefix:
                 out[self.offsets[row] : self.offsets[row + 1]] = hidden[place, : self.lengths[row]]
 
         shape = (int(self.offsets[-1]), backbone.width)
-        self.flat = _cached(backbone, tokens, f"layer{layer}", shape, fill, budget, progress, "frozen layers")
+        self.flat = _cached(backbone, tokens, f"layer{layer}", shape, fill, budget, progress, "frozen layers", keep)
 
     def batch(self, rows: Index) -> tuple[Tensor, Tensor]:
         """Return hidden states (records, tokens, width), zero where padded, and the mask (records, tokens)."""
@@ -76,11 +83,16 @@ def _cached(
     tokens: Tokens,
     kind: str,
     shape: tuple[int, int],
-    fill: Callable[[NDArray[np.float32], Index, Tensor, Tensor], None],
+    fill: Fill,
     budget: int,
     progress: Progress,
     what: str,
+    keep: bool,
 ) -> NDArray[np.float32]:
+    if not keep:  # in memory alone
+        found = np.empty(shape, dtype=np.float32)
+        _compute(found, tokens, fill, budget, progress, what)
+        return found
     digest = hashlib.sha256(f"{FORMAT} {backbone.fingerprint()} {kind}".encode())
     digest.update(tokens.lengths.numpy().tobytes())
     for ids in tokens.ids:
@@ -94,15 +106,8 @@ def _cached(
         # A unique name until it is complete: a killed or a second process can never leave or read half a file.
         scratch = folder / f"{uuid.uuid4().hex}.partial"
         out = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.float32, shape=shape)
-        lengths: Index = tokens.lengths.numpy()
-        done = 0
         try:
-            for rows in microbatches(lengths, budget):
-                ids = pad_sequence([tokens.ids[row] for row in rows], batch_first=True)
-                mask = torch.from_numpy((np.arange(ids.shape[1])[None, :] < lengths[rows][:, None]).astype(np.int64))
-                fill(out, rows, ids, mask)
-                done += len(rows)
-                progress(what, done, len(lengths))
+            _compute(out, tokens, fill, budget, progress, what)
             out.flush()
             del out
             scratch.rename(path)
@@ -110,6 +115,17 @@ def _cached(
             scratch.unlink(missing_ok=True)
         _evict(folder, keep=path)
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def _compute(out: NDArray[np.float32], tokens: Tokens, fill: Fill, budget: int, progress: Progress, what: str) -> None:
+    lengths: Index = tokens.lengths.numpy()
+    done = 0
+    for rows in microbatches(lengths, budget):
+        ids = pad_sequence([tokens.ids[row] for row in rows], batch_first=True)
+        mask = torch.from_numpy((np.arange(ids.shape[1])[None, :] < lengths[rows][:, None]).astype(np.int64))
+        fill(out, rows, ids, mask)
+        done += len(rows)
+        progress(what, done, len(lengths))
 
 
 def _evict(folder: Path, keep: Path) -> None:

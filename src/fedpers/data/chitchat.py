@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedpers.config import DataConfig
@@ -12,6 +12,7 @@ from fedpers.data.base import Federation, PublicText, Record, Source, choose_use
 from fedpers.errors import DataError
 from fedpers.formats.split import late, partners
 from fedpers.models import assets
+from fedpers.sources import FROM_RAW_DATA, Parts, assemble
 
 TEST_FROM = 0.6  # a conversation is for testing if its mean position in the two histories lies beyond
 POOL_CAP = 40  # texts per person in the public pool, so that no one talker fills it
@@ -51,37 +52,21 @@ class Chitchat(Source):
         """Read the asset and build the federation of the configured people."""
         conversations = _read(assets.fetch("chitchat"))
         tested = _late(conversations)
-        records: dict[str, dict[bool, list[Record]]] = defaultdict(lambda: {False: [], True: []})
+        records: dict[str, Parts] = defaultdict(lambda: ([], []))
         for conversation in conversations:
             for place, (before, turn) in enumerate(zip(conversation.turns, conversation.turns[1:], strict=False)):
                 if before.speaker != turn.speaker:
                     record = Record(f"{conversation.id}/{place + 1}", conversation.id, before.text, turn.text)
                     records[turn.speaker][conversation.id in tested].append(record)
-        people = [user for user in sorted(records) if role(user) == config.people]
-        enough = [
-            user
-            for user in people
-            if len(records[user][False]) >= config.min_train and len(records[user][True]) >= config.min_test
-        ]
-        users = choose_users(enough, config.users, key)
+        held = {user: parts for user, parts in records.items() if role(user) == config.people}
+        found = assemble("chitchat", held, config, lambda users, limit: choose_users(users, limit, key), {})
         pool, authors = _pool(conversations)
-        return Federation(
-            source="chitchat",
-            users=tuple(users),
-            # The latest training records and the earliest test records: closest in time to each other.
-            train=tuple(tuple(records[user][False][-config.max_train :]) for user in users),
-            test=tuple(tuple(records[user][True][: config.max_test]) for user in users),
+        return replace(
+            found,
             pool=pool,
             pool_authors=authors,
-            partners=partners(users, {one.id: one.speakers for one in conversations}),
-            counts={
-                "people": len(people),
-                "skipped_too_few_records": len(people) - len(enough),
-                "not_chosen": len(enough) - len(users),
-                "train_records_capped": sum(max(0, len(records[user][False]) - config.max_train) for user in users),
-                "test_records_capped": sum(max(0, len(records[user][True]) - config.max_test) for user in users),
-            },
-            facts=_facts(conversations, users, authors, records, config),
+            partners=partners(found.users, {one.id: one.speakers for one in conversations}),
+            facts=_facts(conversations, found, authors),
         )
 
 
@@ -123,17 +108,11 @@ def _pool(conversations: list[_Conversation]) -> tuple[tuple[PublicText, ...], f
     return tuple(pool), frozenset(taken)
 
 
-def _facts(
-    conversations: list[_Conversation],
-    users: list[str],
-    authors: frozenset[str],
-    records: dict[str, dict[bool, list[Record]]],
-    config: DataConfig,
-) -> tuple[str, ...]:
+def _facts(conversations: list[_Conversation], federation: Federation, authors: frozenset[str]) -> tuple[str, ...]:
     """Say in numbers where a member's words stand outside what the member's own client holds."""
-    members = set(users)
+    members = set(federation.users)
     by_id = {conversation.id: conversation for conversation in conversations}
-    held = [(user, record) for user in users for record in records[user][False][-config.max_train :]]
+    held = [(user, r) for user, own in zip(federation.users, federation.train, strict=True) for r in own]
     from_member = sum(bool((by_id[r.conversation].speakers - {user}) & members) for user, r in held)
     pooled = [c for c in conversations if c.speakers & authors]
     with_member = sum(bool((c.speakers - authors) & members) for c in pooled)
@@ -143,6 +122,5 @@ def _facts(
         "quoted person's",
         f"the public pool was written by people outside, yet {with_member} of their {len(pooled)} conversations had a "
         "member as partner, to whom they may have replied",
-        "who takes part, the split into training and test, the caps on records (leaving one out of a capped client's "
-        "makes room for another) and the counts in this list come from the raw data",
+        FROM_RAW_DATA,
     )

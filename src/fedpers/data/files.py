@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from fedpers.config import DataConfig
+from fedpers.config import ColumnsConfig, DataConfig
 from fedpers.data.base import Federation, PublicText, Record, Source, choose_users, role
 from fedpers.errors import DataError
+from fedpers.formats.partition import dealer, described
 from fedpers.formats.split import late, partners
 from fedpers.formats.tables import HUB, Bad, Skips, as_text, as_time, find_files, hub_rows, rows
 from fedpers.privacy.randomness import derive, seed_key
+from fedpers.sources import FROM_RAW_DATA, assemble
 
 POOL_CAP = 40  # texts per person in the public pool, so that no one author fills it
 _IDS = seed_key(0)
+DUPLICATE = "duplicate_id"
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     user: str
+    kind: str  # of the time
     time: float
+    said: str  # its id, without the number that tells it from identical rows
     record: Record
 
 
@@ -34,6 +40,8 @@ class Files(Source):
 
     Coins and candidates are drawn by record id, so an id must not hang on other records: without a column for it, it is
     a hash of what the row says and, among a user's identical rows, their number. Given ids are distinct within a user.
+    Where no column holds users, `data.partition` makes them up: then identical rows are numbered, and given ids are
+    distinct, in the whole of the files.
     """
 
     about = "your own JSONL, CSV, Parquet or Arrow files"
@@ -49,37 +57,22 @@ class Files(Source):
         history = {user: list(dict.fromkeys(row.record.conversation for row in own)) for user, own in held.items()}
         tested = late(history, 1 - config.test_share)
         train, test, repeated = _split(held, tested)
-        people = [user for user in sorted(held) if _part(user, config) == config.people]
-        enough = [
-            user for user in people if len(train[user]) >= config.min_train and len(test[user]) >= config.min_test
-        ]
-        users = choose_users(enough, config.users, key)
+        people = {user: (train[user], test[user]) for user in held if _part(user, config) == config.people}
+        found = assemble("files", people, config, lambda users, limit: choose_users(users, limit, key), {})
         pool, authors = _pool(held) if config.pool else ((), frozenset())
         groups: dict[str, set[str]] = defaultdict(set)
         for user, conversations in history.items():
             for conversation in conversations:
                 groups[conversation].add(user)
-        chosen = tuple(tuple(train[user][-config.max_train :]) for user in users)
-        left_out = sum(repeated[user] for user in users)
-        return Federation(
-            source="files",
-            users=tuple(users),
-            train=chosen,  # the latest training and the earliest test records: closest in time to each other
-            test=tuple(tuple(test[user][: config.max_test]) for user in users),
+        left_out = sum(repeated[user] for user in found.users)
+        return replace(
+            found,
             pool=pool,
             pool_authors=authors,
-            partners=partners(users, {name: frozenset(group) for name, group in groups.items()}),
-            counts={
-                "people": len(people),
-                "skipped_too_few_records": len(people) - len(enough),
-                "not_chosen": len(enough) - len(users),
-                "train_records_capped": sum(max(0, len(train[user]) - config.max_train) for user in users),
-                "test_records_capped": sum(max(0, len(test[user]) - config.max_test) for user in users),
-                "skipped_repeats_of_test_records": left_out,
-                **skips.counts,
-            },
+            partners=partners(found.users, {name: frozenset(group) for name, group in groups.items()}),
+            counts={**found.counts, "skipped_repeats_of_test_records": left_out, **skips.counts},
             facts=(
-                *_facts(config, users, chosen, groups, authors),
+                *_facts(config, found.users, found.train, groups, authors),
                 *_left_out(config, left_out, sum(skips.counts.values())),
             ),
         )
@@ -93,46 +86,66 @@ def _part(user: str, config: DataConfig) -> str:
 def _read(config: DataConfig, skips: Skips) -> dict[str, list[_Row]]:
     """Return every user's rows in order of time; rows of one time, or without one, are in the order of the files.
 
+    Rows without a time that a partition deals are in the order of their coins.
+
     Raises DataError: nothing to read, a row that cannot be used and may not be left out, or times of both kinds.
     """
     if config.path is None:
         raise DataError(
             "data.path is not set; name your file, a folder of files or a pattern such as folder/*.parquet."
         )
-    names = config.columns
-    columns = [n for n in (names.user, names.input, names.target, names.time, names.id, names.conversation) if n]
+    columns = {key: name for key, name in config.columns.model_dump().items() if name is not None}
+    deal = None if config.partition is None else dealer(config.partition)
     held: dict[str, list[_Row]] = defaultdict(list)
     seen: Counter[str] = Counter()
     kinds: set[str] = set()
     hub = config.path.startswith(HUB)
-    for place, row in hub_rows(config.path, columns) if hub else rows(find_files(config.path), columns, skips):
+    for place, cells in hub_rows(config.path, columns) if hub else rows(find_files(config.path), columns, skips):
         try:
-            user = as_text(row[names.user], "user")
-            text = "" if names.input is None else as_text(row[names.input], "input")
-            target = as_text(row[names.target], "target")
-            kind, time = ("none", 0.0) if names.time is None else as_time(row[names.time])
-            together = None if names.conversation is None else as_text(row[names.conversation], "conversation")
-            own = _said(user, time, together, text, target) if names.id is None else as_text(row[names.id], "id")
-            identifier = f"{_escaped(user)}/{own}"
-            if names.id is not None and seen[identifier]:
-                raise Bad("duplicate_id", "the id of this record is that of an earlier one of the same user")
+            row = _row(place, cells, config.columns, seen, deal)
         except Bad as bad:
+            if deal is not None and bad.kind == DUPLICATE:  # dropping it would let one user's row decide on another's
+                raise DataError(f"{place}: {bad.said}; mend it (data.skip_bad leaves no such row out).") from None
             skips.add(bad, place)
             continue
-        kinds.add(kind)
+        kinds.add(row.kind)
         if len(kinds) > 1:  # leaving one kind out would let one person's row decide which rows of others count
             raise DataError(
                 f"{place}: the time is a number where those before are dates, or the other way round; write all times "
                 "of the column as numbers, or all as dates (data.skip_bad leaves no such row out)."
             )
-        seen[identifier] += 1
-        if names.id is None:
-            identifier = f"{identifier}-{seen[identifier]}"
-        held[user].append(_Row(user, time, Record(identifier, together or identifier, text, target)))
+        seen[row.said] += 1
+        held[row.user].append(row)
     found = {user: sorted(own, key=lambda row: row.time) for user, own in held.items() if own}
     if not found:
         raise DataError(f"data.path: no usable record in the files ({sum(skips.counts.values())} were left out).")
     return found
+
+
+def _row(
+    place: str,
+    cells: Mapping[str, Any],
+    names: ColumnsConfig,
+    seen: Counter[str],
+    deal: Callable[[str, str], tuple[str, float]] | None,
+) -> _Row:
+    """Read the cells of one row; `seen`: how many rows before had one id or said one thing. Raises Bad."""
+    user = "" if names.user is None else as_text(cells[names.user], "user")
+    text = "" if names.input is None else as_text(cells[names.input], "input")
+    target = as_text(cells[names.target], "target")
+    kind, time = ("none", 0.0) if names.time is None else as_time(cells[names.time])
+    together = None if names.conversation is None else as_text(cells[names.conversation], "conversation")
+    said = _said(user, time, together, text, target) if names.id is None else as_text(cells[names.id], "id")
+    if names.user is not None:
+        said = f"{_escaped(user)}/{said}"
+    if names.id is not None and seen[said]:
+        whose = "" if names.user is None else " of the same user"
+        raise Bad(DUPLICATE, f"the id of this record is that of an earlier one{whose}")
+    identifier = f"{said}-{seen[said] + 1}" if names.id is None else said
+    if deal is not None:
+        user, coin = deal(identifier, target)
+        time = coin if names.time is None else time
+    return _Row(user, kind, time, said, Record(identifier, together or identifier, text, target, place))
 
 
 def _said(user: str, time: float, conversation: str | None, text: str, target: str) -> str:
@@ -185,9 +198,11 @@ def _facts(
             owners[_words(record)].add(user)
     total = sum(len(own) for own in train)
     twice = sum(len(owners[_words(record)]) > 1 for own in train for record in own)
-    order = "time" if config.columns.time else "the order in the files, since no column holds the time"
+    order = "the order in the files" if config.partition is None else "a coin for each record"
+    order = "time" if config.columns.time else f"{order}, since no column holds the time"
     facts = [
         "who is a member is decided by user id alone, and a person with two ids counts as two members",
+        *([] if config.partition is None else [described(config.partition)]),
         f"{twice} of {total} training records stand word for word with another member too, and what another client "
         "holds is protected as that client's",
         f"training and test are told apart by {order}",
@@ -212,11 +227,7 @@ def _facts(
             f"the public pool holds the targets of {len(authors)} people outside, of whose conversations {with_member} "
             "had a member in them"
         )
-    facts.append(
-        "who takes part, the split into training and test, the caps on records (leaving one out of a capped client's "
-        "makes room for another) and the counts in this list come from the raw data"
-    )
-    return tuple(facts)
+    return (*facts, FROM_RAW_DATA)
 
 
 def _left_out(config: DataConfig, repeats: int, skipped: int) -> tuple[str, ...]:

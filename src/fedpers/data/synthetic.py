@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from dataclasses import replace
+from functools import lru_cache
+
 import numpy as np
 
 from fedpers.config import DataConfig
 from fedpers.data.base import Federation, PublicText, Record, Source
+from fedpers.population import OnDemand
 from fedpers.privacy.randomness import generator
 
 TOPICS = {
@@ -27,37 +33,48 @@ class Synthetic(Source):
     citation = "fedpers"
     split = "the first records drawn are for training, the rest for testing"
     tasks = ("reply-ranking", "language-model")
+    lazy = True
 
     def load(self, config: DataConfig, key: bytes) -> Federation:
         """Make the federation; users differ in how many records they have, within the configured caps."""
-        users = tuple(f"{config.people}-user-{number:05d}" for number in range(config.users or DEFAULT_USERS))
-        topics = tuple(TOPICS)
-        train, test = [], []
-        for user in users:
-            rng = generator(key, "synthetic", user)
-            own = topics[rng.integers(len(topics))]
-            counts = (
-                int(rng.integers(config.min_train, config.max_train + 1)),
-                int(rng.integers(config.min_test, config.max_test + 1)),
-            )
-            made = [self._record(user, number, own, topics, rng) for number in range(sum(counts))]
-            train.append(tuple(made[: counts[0]]))
-            test.append(tuple(made[counts[0] :]))
+        size, topics = config.users or DEFAULT_USERS, tuple(TOPICS)
+        users = OnDemand(size, lambda number: f"{config.people}-user-{number:05d}")
+
+        @lru_cache(maxsize=1)  # training and test records of a user are asked for one after the other
+        def made(number: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+            return self._records(users[number], config, key)
+
         rng = generator(key, "synthetic", "pool")
         pool = tuple(
             PublicText(f"pool/{number}", f"pool/{number}", _sentence(topics[rng.integers(len(topics))], rng))
             for number in range(POOL)
         )
-        return Federation(
+        everybody = Federation(
             source="synthetic",
             users=users,
-            train=tuple(train),
-            test=tuple(test),
+            train=OnDemand(size, lambda number: made(number)[0]),
+            test=OnDemand(size, lambda number: made(number)[1]),
             pool=pool,
             pool_authors=frozenset({"pool"}),
-            partners=tuple(frozenset() for _ in users),
+            partners=OnDemand(size, lambda _: frozenset()),
             facts=("the people of this federation are made up",),
+            lazy=inspect.getsource(sys.modules[__name__]),
         )
+        if config.lazy:
+            return everybody
+        train, test = zip(*map(made, range(size)), strict=True)
+        partners = tuple(everybody.partners)
+        return replace(everybody, users=tuple(users), train=train, test=test, partners=partners, lazy="")
+
+    def _records(self, user: str, config: DataConfig, key: bytes) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+        """Make a user's training and test records, which hang on the seed and the user's id alone."""
+        topics = tuple(TOPICS)
+        rng = generator(key, "synthetic", user)
+        own = topics[rng.integers(len(topics))]
+        cut = int(rng.integers(config.min_train, config.max_train + 1))
+        held = int(rng.integers(config.min_test, config.max_test + 1))
+        made = [self._record(user, number, own, topics, rng) for number in range(cut + held)]
+        return tuple(made[:cut]), tuple(made[cut:])
 
     def _record(self, user: str, number: int, own: str, topics: tuple[str, ...], rng: np.random.Generator) -> Record:
         asked = topics[rng.integers(len(topics))]

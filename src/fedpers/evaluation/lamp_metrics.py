@@ -7,13 +7,12 @@ LaMP-4 to 7: ROUGE-1 and ROUGE-L, F-measures without stemming, by Google's `roug
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fedpers.errors import ConfigError, DataError
+from fedpers.errors import DataError
+from fedpers.evaluation.text_metrics import rouge
 from fedpers.formats.lamp import FORMS, Task, read_outputs
 
 
@@ -48,7 +47,7 @@ def score(task: Task, predictions: Mapping[str, str], answers: Mapping[str, str]
             raise DataError(f"answers: {unknown} are none of the {len(labels)} labels of LaMP-{task}.")
         right = sum(said == truth for said, truth in pairs)
         return {"accuracy": right / len(pairs), "f1": sum(_f1(label, pairs) for label in labels) / len(labels)}
-    return _rouge(pairs)
+    return {name: sum(found) / len(found) for name, found in rouge(pairs).items()}
 
 
 def number_of(said: str, truth: str) -> float:
@@ -78,16 +77,3 @@ def _f1(label: str, pairs: list[tuple[str, str]]) -> float:
     both = sum(said == truth == label for said, truth in pairs)
     either = sum((said == label) + (truth == label) for said, truth in pairs)
     return 2 * both / either if either else 0.0
-
-
-def _rouge(pairs: list[tuple[str, str]]) -> dict[str, float]:
-    try:
-        library: Any = importlib.import_module("rouge_score.rouge_scorer")
-    except ImportError:
-        raise ConfigError("ROUGE needs rouge-score; run `pip install rouge-score==0.1.2`.") from None
-    scorer = library.RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
-    found = [scorer.score(truth, said) for said, truth in pairs]
-    return {
-        name: sum(one[kind].fmeasure for one in found) / len(found)
-        for name, kind in (("rouge-1", "rouge1"), ("rouge-L", "rougeL"))
-    }

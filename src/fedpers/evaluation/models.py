@@ -14,7 +14,7 @@ from fedpers.cohort.clients import Clients
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.plan import Plan, encodes
-from fedpers.privacy.randomness import order
+from fedpers.privacy.randomness import generator
 from fedpers.tasks.base import Examples, Task
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -63,7 +63,7 @@ def _label(plan: Plan, shared: Arrays, own: str) -> str:
     return "shared" if shared else "initial"
 
 
-def swapped(kind: Kind, partner: Sequence[int]) -> Kind:
+def swapped(kind: Kind, partner: Mapping[int, int] | Sequence[int]) -> Kind:
     """Every user with somebody else's model."""
     adapter = kind.adapter if kind.adapter in {"shared", "initial"} else "swap"
     return Kind(lambda users: kind.parameters([partner[user] for user in users]), adapter)
@@ -72,33 +72,29 @@ def swapped(kind: Kind, partner: Sequence[int]) -> Kind:
 def measure(
     model: CohortModel, users: Sequence[int], kinds: Mapping[str, Kind], cohort: int = 64
 ) -> dict[str, PerRecord]:
-    """Return every kind's metrics on every test record, in the order of users and of their test rows."""
-    contexts: dict[str, Tensor] = {}
-    found: dict[str, PerRecord] = {}
-    for name, kind in kinds.items():
-        # One model for all needs no split into cohorts: a single owner holds every record.
-        cohorts = [list(users)] if kind.common else [list(users[i : i + cohort]) for i in range(0, len(users), cohort)]
-        parts: list[Mapping[str, Tensor]] = []
-        encoded: list[Tensor] = []
-        done = 0
-        for members in cohorts:
-            rows = np.concatenate([model.examples.test[user] for user in members])
-            owners = np.repeat(np.arange(len(members)), [len(model.examples.test[user]) for user in members])
-            if kind.common:
-                owners = np.zeros_like(owners)
+    """Return every kind's metrics on every test record, in the order of users and of their test rows.
+
+    All kinds are measured on one cohort before the next, so that what is in memory at a time does not grow with the
+    number of users, but for the metrics.
+    """
+    model.present(users)
+    found: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in kinds}
+    for start in range(0, len(users), cohort):
+        members = list(users[start : start + cohort])
+        held = [model.examples.test[user] for user in members]
+        rows, owned = np.concatenate(held), np.repeat(np.arange(len(members)), [len(one) for one in held])
+        contexts: dict[str, Tensor] = {}
+        for name, kind in kinds.items():
+            owners = np.zeros_like(owned) if kind.common else owned
             model.load(kind.parameters(members[:1] if kind.common else members))
-            if kind.adapter in contexts:
-                context = contexts[kind.adapter][done : done + len(rows)]
-            else:
-                context = model.all_contexts(rows, owners)
-                encoded.append(context)
-            done += len(rows)
+            if kind.adapter not in contexts:
+                contexts[kind.adapter] = model.all_contexts(rows, owners)
             with torch.no_grad():
-                parts.append(model.metrics(context, rows, torch.from_numpy(owners)))
-        if encoded:
-            contexts[kind.adapter] = torch.cat(encoded)
-        found[name] = {m: torch.cat([part[m] for part in parts]).double().numpy() for m in parts[0]}
-    return found
+                found[name].append(model.metrics(contexts[kind.adapter], rows, torch.from_numpy(owners)))
+    return {
+        name: {metric: torch.cat([part[metric] for part in parts]).double().numpy() for metric in parts[0]}
+        for name, parts in found.items()
+    }
 
 
 def per_user(task: Task, records: PerRecord, examples: Examples, users: Sequence[int]) -> list[dict[str, float]]:
@@ -164,12 +160,10 @@ def swap_partners(
     """
     chosen = []
     for user, name in enumerate(users):
-        candidates = [
-            other
-            for other in order(key, ("swap", name), users)
-            if other != user and other not in met[user] and (pools is None or other in pools[user])
-        ]
-        if not candidates:
+        pool = range(len(users)) if pools is None else sorted(pools[user])
+        drawn = (pool[place] for place in generator(key, "swap", name).permutation(len(pool)))
+        other = next((other for other in drawn if other != user and other not in met[user]), None)
+        if other is None:
             raise ValueError(f"user {user} has met every other member, so no swap control is possible")
-        chosen.append(int(candidates[0]))
+        chosen.append(other)
     return chosen

@@ -188,7 +188,7 @@ def _reading(
                 "The shared model is on average worse than no training at all (noise or over-fitting), so beating it "
                 f"proves nothing (mean {metric} {shared:.3f} against {untrained:.3f})."
             )
-    if "global" in comparisons and comparisons["global"].n_eligible:
+    if "global" in comparisons:
         sentences.append(_counts_sentence(comparisons["global"]))
     sentences.append(_sensitivity(comparisons))
     if seeds == 1:
@@ -211,6 +211,8 @@ def _verdict(kind: str, found: Comparison, metric: str) -> str:
 
 
 def _counts_sentence(found: Comparison) -> str:
+    if not found.n_eligible:
+        return f"Nobody has {found.minimum_records} test records, so nobody is counted as helped or harmed."
     sentence = (
         f"Against the shared model {found.helped:g} of the {found.n_eligible} users with at least "
         f"{found.minimum_records} test records are helped, {found.tied:g} tied and {found.harmed:g} harmed"

@@ -30,6 +30,7 @@ def answer(clients: Clients, users: Sequence[int], messages: Sequence[Message], 
             found = shared_metrics(clients, users, shared) if open_metrics else [{} for _ in users]
             return [wire.metrics_reply(m, one) for m, one in zip(messages, found, strict=True)]
         number = wire.round_of(messages[0])
+        clients.model.present(users)
         replies, allowed = clients.train_round(number, users, shared), clients.layout.up(number)
         return [
             wire.reply(message, {name: np.array(rows[place]) for name, rows in replies.items()}, allowed)

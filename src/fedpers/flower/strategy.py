@@ -1,7 +1,8 @@
 """The server side: samples clients, protects and records what they send, and lets a stock Flower strategy go on.
 
-At user level the order is fixed: sample (Poisson, by user id), clip, sum, add noise, divide by a constant, for an
-empty cohort too; the stock strategy then receives one synthetic reply with the noised mean and is post-processing.
+At user level the order is fixed: sample (Poisson, by place on the list of users), clip, sum, add noise, divide by a
+constant, for an empty cohort too; the stock strategy then receives one synthetic reply with the noised mean and is
+post-processing.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ import pyarrow.parquet
 from fedpers.errors import ConfigError, DataError
 
 HUB = "hub:"  # before the name of a data set on the Hugging Face hub
+Columns = Mapping[str, str]  # by key of `data.columns`, the name of the column
 LINES, TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv", ".parquet", ".arrow")
 
 
@@ -51,24 +52,24 @@ class Skips:
         self.counts[f"skipped_{bad.kind}"] += 1
 
 
-def find_files(path: str) -> list[Path]:
+def find_files(path: str, endings: Sequence[str] = (*LINES, *TABLES)) -> list[Path]:
     """Return the files of a path, a folder or a pattern, in order of their names. Raises DataError if there are none.
 
-    Of a folder that is each file with a known ending, as in one that the `datasets` library saved.
+    Of a folder that is each file with one of the endings, as in one that the `datasets` library saved.
     """
-    known = f"a file that ends in {', '.join((*LINES, *TABLES))}"
+    known = f"a file that ends in {', '.join(endings)}"
     if Path(path).is_dir():
-        found = sorted(one for one in Path(path).iterdir() if one.suffix.lower() in (*LINES, *TABLES))
+        found = sorted(one for one in Path(path).iterdir() if one.suffix.lower() in endings)
     else:
         found = [Path(one) for one in ([path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True)))]
     if not found:
         raise DataError(f"data.path = {path!r}: nothing there; name {known}, a folder of such files or a pattern.")
-    if odd := [one for one in found if one.suffix.lower() not in (*LINES, *TABLES)]:
+    if odd := [one for one in found if one.suffix.lower() not in endings]:
         raise DataError(f"data.path: {odd[0].name}: not {known}.")
     return found
 
 
-def rows(files: Sequence[Path], columns: Sequence[str], skips: Skips) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows(files: Sequence[Path], columns: Columns, skips: Skips) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, values by column) of every row, in order; only `columns` are read.
 
     Raises:
@@ -84,7 +85,7 @@ def rows(files: Sequence[Path], columns: Sequence[str], skips: Skips) -> Iterato
             raise DataError(f"{file.name}: cannot be read ({error.strerror or type(error).__name__}).") from error
 
 
-def hub_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def hub_rows(path: str, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, values by column) of every row of `hub:owner/name` or `hub:owner/name:split`, by `datasets`.
 
     Raises:
@@ -104,7 +105,7 @@ def hub_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str,
         said = type(error).__name__
         raise DataError(f"data.path = {path!r}: cannot be loaded ({said}); check name, split and network.") from error
     _check_columns(path, columns, found.column_names)
-    for number, row in enumerate(found.select_columns(list(dict.fromkeys(columns))), start=1):
+    for number, row in enumerate(found.select_columns(_names(columns)), start=1):
         yield f"{path}, row {number}", row
 
 
@@ -157,8 +158,8 @@ def as_time(value: Any) -> tuple[str, float]:
     raise Bad("time_not_parsed", "the time is neither a number nor ISO 8601")
 
 
-def _lines(file: Path, columns: Sequence[str], skips: Skips) -> Iterator[tuple[str, dict[str, Any]]]:
-    complete, read = False, 0
+def _lines(file: Path, columns: Columns, skips: Skips) -> Iterator[tuple[str, dict[str, Any]]]:
+    absent: Columns | None = None  # columns that no line so far has
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -171,10 +172,11 @@ def _lines(file: Path, columns: Sequence[str], skips: Skips) -> Iterator[tuple[s
                 continue
             if not skips.allowed:
                 _check_columns(place, columns, found)
-            complete, read = complete or set(columns) <= set(found), read + 1
-            yield place, {name: found.get(name) for name in columns}
-    if read and not complete:
-        raise DataError(f"{file.name}: no line has all the columns that data.columns names.")
+            before = columns if absent is None else absent
+            absent = {key: name for key, name in before.items() if name not in found}
+            yield place, {name: found.get(name) for name in columns.values()}
+    for key, name in (absent or {}).items():
+        raise DataError(f"{file.name}: data.columns.{key}: no line has a column {name!r}; {_mend(key)}.")
 
 
 def _object(line: bytes) -> Mapping[str, Any]:
@@ -190,7 +192,7 @@ def _object(line: bytes) -> Mapping[str, Any]:
     return tree
 
 
-def _table(file: Path, kind: str, columns: Sequence[str], skips: Skips) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table(file: Path, kind: str, columns: Columns, skips: Skips) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         table = _csv(file, kind, columns, skips) if kind in (".csv", ".tsv") else _binary(file, kind, columns)
     except pa.ArrowInvalid as error:  # its message may quote a row
@@ -206,20 +208,20 @@ def _table(file: Path, kind: str, columns: Sequence[str], skips: Skips) -> Itera
             yield f"{file.name}, row {number}", row
 
 
-def _binary(file: Path, kind: str, columns: Sequence[str]) -> pa.Table:
+def _binary(file: Path, kind: str, columns: Columns) -> pa.Table:
     if kind == ".parquet":
         _check_columns(file.name, columns, pa.parquet.read_schema(file).names)
-        return pa.parquet.read_table(file, columns=list(dict.fromkeys(columns)))
+        return pa.parquet.read_table(file, columns=_names(columns))
     with pa.memory_map(str(file)) as source:  # what `datasets` saves is a stream, what others call Feather is not
         try:
             table = pa.ipc.open_stream(source).read_all()
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(source).read_all()
     _check_columns(file.name, columns, table.column_names)
-    return table.select(list(dict.fromkeys(columns)))
+    return table.select(_names(columns))
 
 
-def _csv(file: Path, kind: str, columns: Sequence[str], skips: Skips) -> pa.Table:
+def _csv(file: Path, kind: str, columns: Columns, skips: Skips) -> pa.Table:
     """Read all as text. Broken rows are numbered by the reader, which counts the header."""
     raw = file.read_bytes()
     try:
@@ -241,8 +243,8 @@ def _csv(file: Path, kind: str, columns: Sequence[str], skips: Skips) -> pa.Tabl
         read_options=pa.csv.ReadOptions(use_threads=False),  # threads lose the number of a broken row
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=odd),
         convert_options=pa.csv.ConvertOptions(
-            column_types={name: pa.string() for name in columns},
-            include_columns=list(dict.fromkeys(columns)),
+            column_types={name: pa.string() for name in _names(columns)},
+            include_columns=_names(columns),
             strings_can_be_null=False,
         ),
     )
@@ -252,12 +254,24 @@ def _csv(file: Path, kind: str, columns: Sequence[str], skips: Skips) -> pa.Tabl
     return table
 
 
-def _check_columns(place: str, columns: Sequence[str], found: Collection[str]) -> None:
-    """Raise DataError for a missing column; those that are there may be a row of data and are not named."""
-    if missing := [name for name in columns if name not in found]:
-        near = difflib.get_close_matches(missing[0], [str(name) for name in found], 1)
-        hint = f" (nearest: {near[0]!r})" if near else ""
-        raise DataError(
-            f"{place}: no column {missing[0]!r} among the {len(found)} there{hint}; name the columns of your files in "
-            "data.columns."
-        )
+def _names(columns: Columns) -> list[str]:
+    return list(dict.fromkeys(columns.values()))  # one column may be input and target
+
+
+def _check_columns(place: str, columns: Columns, found: Collection[str]) -> None:
+    """Raise DataError for the first missing column; those that are there may be a row of data and are not named."""
+    for key, name in columns.items():
+        if name not in found:
+            near = difflib.get_close_matches(name, [str(one) for one in found], 1)
+            hint = f" (nearest: {near[0]!r})" if near else ""
+            raise DataError(
+                f"{place}: data.columns.{key}: no column {name!r} among the {len(found)} there{hint}; {_mend(key)}."
+            )
+
+
+def _mend(key: str) -> str:
+    if key != "user":
+        return "name the column of your files that holds it"
+    return (
+        "name the column of your files that holds it, or, where there are no users, set it to null and data.partition"
+    )

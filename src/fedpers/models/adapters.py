@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from fedpers.config import GROUPS, AdapterConfig, expand
+from fedpers.config.refused import REFUSED
 from fedpers.errors import ConfigError
 from fedpers.models.array_names import SECOND, base_name, group_of, pairs
 from fedpers.models.backbone import Backbone, public_name
@@ -87,9 +88,11 @@ def _targets(backbone: Backbone, config: AdapterConfig, top: set[nn.Module]) -> 
     linears = {name for name, module in backbone.model.named_modules() if module in top and _is_linear(module)}
     known = {name.rpartition(".")[2] for name in linears}
     if unknown := sorted(set(config.targets) - known):
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in unknown)
+        reasons = (f" {name} is refused: {REFUSED[name]}." for name in leaves if name in REFUSED)
         raise ConfigError(
             f"model.adapter.targets = {list(config.targets)}: {', '.join(unknown)} not found in the top layers; linear "
-            f"layers there: {', '.join(sorted(known))}."
+            f"layers there: {', '.join(sorted(known))}.{''.join(reasons)}"
         )
     return sorted(name for name in linears if name.rpartition(".")[2] in config.targets)
 

@@ -342,15 +342,19 @@ def rounded_up(value: float) -> str:
 
 def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
     delta = "" if claim.delta is None else f" and δ = {claim.delta:g}"
-    unit = {"none": "no unit", "record": "one record", "user": "one user"}[claim.unit]
+    unit = {"none": "anything", "record": "one record", "user": "one user"}[claim.unit]
     if claim.rounds == 0:
         sentences = [
             f"ε = 0{delta} for {unit}: nothing that was computed from private data left a client, so there is nothing "
             "to account."
         ]
     elif claim.epsilon == math.inf:
-        cause = "no privacy was asked for" if claim.unit == "none" else "something was released without noise"
-        sentences = [f"ε = ∞{delta} for {unit}: {cause}, so nothing bounds what the releases tell; no guarantee."]
+        told = "nothing bounds what the releases tell"
+        sentences = [
+            f"No privacy is claimed: none was asked for, so {told}; no guarantee (ε = ∞)."
+            if claim.unit == "none"
+            else f"ε = ∞{delta} for {unit}: something was released without noise, so {told}; no guarantee."
+        ]
         if clipped:
             sentences.append("Contributions were clipped, but clipping alone is no privacy.")
     else:
@@ -384,7 +388,8 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
         sentences.append(population_note)
     if claim.rounds and claim.epsilon < math.inf:
         sentences.append(
-            "The noise is simulated in floating point by a generator that is not cryptographically secure. The claim "
+            "The noise is simulated in floating point, and noise and client sampling are drawn by a generator that is "
+            "not cryptographically secure. The claim "
             "covers this one run and holds only while its secret stays secret; further runs on the same data add up."
         )
     return sentences

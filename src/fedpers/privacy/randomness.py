@@ -2,7 +2,8 @@
 
 There are two keys. The *seed* (public) fixes data, splits and initialization. The *secret* (never exported) fixes
 noise and sampling: whoever knows the noise can subtract it. An address names purpose, round, user and step or record,
-by identifier and not by position, so removing one record or one user changes no other draw.
+by identifier and not by position, so removing one record or one user changes no other draw. Poisson sampling of
+clients alone goes by the place on the public list of registered users, on which a user without records stays.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.privacy.randomness import order, seed_key, uniforms
+from fedpers.privacy.randomness import generator, order, seed_key
 
 ClientSampling = Literal["poisson", "fixed", "cyclic"]
 _TURNS = seed_key(0)
@@ -20,9 +20,10 @@ def draw(
 ) -> NDArray[np.int64]:
     """Return the positions of the clients of a round, ascending.
 
-    poisson: each client independently with probability `rate`, by a coin of its own id. fixed: `cohort_size` clients,
-    drawn without replacement. cyclic: client groups take turns in a public order by id, so that a client comes back
-    every `period` rounds exactly; nothing about it is secret.
+    poisson: each client independently with probability `rate`; who is in hangs on the key, the round and the client's
+    place on the public list of registered users alone, so no user's records change it. It costs what the clients drawn
+    cost, not those registered. fixed: `cohort_size` clients, drawn without replacement. cyclic: client groups take
+    turns in a public order by id, so that a client comes back every `period` rounds exactly; nothing is secret there.
 
     Args:
         sampling: how to draw.
@@ -34,12 +35,28 @@ def draw(
     if rate == 1:
         return np.arange(len(users))
     if sampling == "poisson":
-        return np.flatnonzero(uniforms(key, ("clients", round_number), users)[:, 0] < rate)
+        return _hits(generator(key, "clients", round_number), rate, len(users))
     if sampling == "fixed":
         size = int(cohort_size("fixed", rate, len(users)))
         return np.sort(order(key, ("clients", round_number), users)[:size])
     turns = order(_TURNS, ("turns",), users)
     return np.sort(turns[(round_number - 1) % period(rate) :: period(rate)])
+
+
+def _hits(rng: np.random.Generator, rate: float, size: int) -> NDArray[np.int64]:
+    """Return which of `size` places are hit if each is with probability `rate` < 1, independently of the others.
+
+    The misses before each hit are geometric, so they are drawn in place of a coin per place, by inversion (Devroye:
+    Non-Uniform Random Variate Generation, 1986, section X.2). Probabilities are exact to a few times 2^-53.
+    """
+    found, last = [np.zeros(0)], -1.0
+    while last < size:
+        with np.errstate(over="ignore"):  # beyond all places
+            misses = np.floor(np.log1p(-rng.random(int(rate * size) + 16)) / math.log1p(-rate))
+        places = last + np.cumsum(misses + 1)  # whole numbers, exact in floats as far as `size` reaches
+        found.append(places[places < size])
+        last = float(places[-1])
+    return np.concatenate(found).astype(np.int64)
 
 
 def cohort_size(sampling: ClientSampling, rate: float, users: int) -> float:

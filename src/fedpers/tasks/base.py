@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedpers.config import TaskConfig
 from fedpers.data.base import Federation, Record
 from fedpers.models.backbone import Backbone, Tokens, pool
+from fedpers.population import OnDemand
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -22,19 +23,25 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Examples:
-    """All users' records as one table; a row is a record. `train[u]` and `test[u]` are the rows of user u."""
+    """Records as one table; a row is a record. `train[u]` and `test[u]` are the rows of user u, if u is present."""
 
-    users: tuple[str, ...]
+    users: Sequence[str]
     ids: tuple[str, ...]  # (rows,)
     inputs: tuple[str, ...]  # (rows,)
-    train: tuple[Rows, ...]
-    test: tuple[Rows, ...]
+    train: Sequence[Rows]
+    test: Sequence[Rows]
     texts: tuple[str, ...] = ()  # what `candidates` points into; embedded once by the frozen backbone
     # (rows, candidates), column 0 is the truth; of a task without candidates (0, 0)
     candidates: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     # (rows,) the number to predict: a rating, the place of a label; of a task without one (0,)
     targets: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     continuations: tuple[str, ...] = ()  # (rows,) texts to be predicted after `inputs`; of a language model alone
+    present: tuple[int, ...] | None = None  # positions of the users whose records these are; by default all
+
+    @property
+    def people(self) -> Sequence[int]:
+        """The positions of the users whose records these are."""
+        return range(len(self.users)) if self.present is None else self.present
 
 
 @dataclass(frozen=True)
@@ -118,22 +125,31 @@ class Task(ABC):
         return pool(hidden, mask)
 
 
-def table(federation: Federation) -> tuple[list[Record], tuple[Rows, ...], tuple[Rows, ...]]:
+def table(federation: Federation) -> tuple[list[Record], Sequence[Rows], Sequence[Rows]]:
     """Lay all records out as rows; returns (records, train rows per user, test rows per user)."""
     records: list[Record] = []
-    rows: dict[str, list[Rows]] = {"train": [], "test": []}
-    for user in range(len(federation.users)):
-        for part, held in (("train", federation.train[user]), ("test", federation.test[user])):
-            rows[part].append(np.arange(len(records), len(records) + len(held), dtype=np.int64))
+    train: dict[int, Rows] = {}
+    test: dict[int, Rows] = {}
+    for user in federation.people:
+        for rows, held in ((train, federation.train[user]), (test, federation.test[user])):
+            rows[user] = np.arange(len(records), len(records) + len(held), dtype=np.int64)
             records.extend(held)
-    return records, tuple(rows["train"]), tuple(rows["test"])
+    if federation.present is None:
+        return records, tuple(train.values()), tuple(test.values())
+    size = len(federation.users)
+    return records, OnDemand(size, train.__getitem__), OnDemand(size, test.__getitem__)
 
 
 def examples_of(federation: Federation) -> tuple[list[Record], Examples]:
     """Lay all records out as rows; returns them, and examples with their inputs, to which a task adds its targets."""
     records, train, test = table(federation)
     ids, inputs = tuple(record.id for record in records), tuple(record.input for record in records)
-    return records, Examples(federation.users, ids, inputs, train, test)
+    return records, Examples(federation.users, ids, inputs, train, test, present=federation.present)
+
+
+def where(records: Sequence[Record], row: int) -> str:
+    """Say which record a message is about: by its place in the user's files, else by its number among all records."""
+    return f"the record at {records[row].place}" if records[row].place else f"record {row + 1}"
 
 
 class LinearHead(nn.Module):

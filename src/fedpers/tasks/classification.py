@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedpers.config import TaskConfig
 from fedpers.data.base import Federation
 from fedpers.errors import ConfigError, DataError
-from fedpers.tasks.base import Batch, Examples, Floats, LinearHead, Task, examples_of
+from fedpers.tasks.base import Batch, Examples, Floats, LinearHead, Task, examples_of, where
 
 
 class ClassificationHead(LinearHead):
@@ -39,7 +39,7 @@ class Classification(Task):
         if unknown := [number for number, record in enumerate(records) if record.target not in place]:
             raise DataError(
                 f"data {federation.source}: the targets of {len(unknown)} records are not among task.labels, the first "
-                f"that of record {unknown[0] + 1}; add the label, or mend the data."
+                f"that of {where(records, unknown[0])}; add the label, or mend the data."
             )
         targets = np.array([place[record.target] for record in records], dtype=np.float32)
         return replace(examples, targets=targets)

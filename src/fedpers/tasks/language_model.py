@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedpers.cohort.products import times
 from fedpers.data.base import Federation
 from fedpers.errors import ConfigError, DataError
 from fedpers.models.backbone import Backbone, Tokens
-from fedpers.tasks.base import Batch, Examples, Floats, Task, examples_of
+from fedpers.tasks.base import Batch, Examples, Floats, Task, examples_of, where
 
-CHUNK = 256  # tokens whose scores of the whole vocabulary are in memory at a time
+CHUNK = 4096  # words of the vocabulary whose scores are in memory at a time
 BETWEEN = "\n"  # stands between the text before and the text to predict
 
 
@@ -35,20 +36,31 @@ class LanguageHead(nn.Module):
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Cross-entropy of each token, whose gradient is made along with it: scores of all tokens never exist at once."""
+    """Cross-entropy of each token, whose gradient is made along with it: scores of all words never exist at once.
+
+    The words are taken in chunks, and what was summed before is scaled when a larger score turns up, as attention does
+    it whose keys and values are the output embeddings (Rabe, Staats 2021; Dao et al., NeurIPS 2022).
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, vocabulary: Tensor, targets: Tensor) -> Tensor:
         """Return (tokens,) losses of states (tokens, width), vocabulary (vocabulary, width) and targets (tokens,)."""
-        losses = torch.empty(len(states), dtype=states.dtype)
-        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for part in (slice(i, i + CHUNK) for i in range(0, len(states), CHUNK)):
-            scores = functional.log_softmax(states[part] @ vocabulary.T, dim=1)
-            losses[part] = -scores.gather(1, targets[part, None])[:, 0]
-            if gradient is not None:
-                gradient[part] = scores.exp_() @ vocabulary - vocabulary[targets[part]]
-        ctx.save_for_backward(*(() if gradient is None else (gradient,)))
-        return losses
+        highest = states.new_full((len(states), 1), -torch.inf)
+        total = states.new_zeros(len(states), 1)
+        expected = torch.zeros_like(states) if ctx.needs_input_grad[0] else None  # sum of exp(score) * embedding
+        for part in torch.split(vocabulary, CHUNK):
+            scores = times(states, part.T)
+            before, highest = highest, torch.maximum(highest, scores.amax(dim=1, keepdim=True))
+            fade = (before - highest).exp_()
+            weights = scores.sub_(highest).exp_()
+            total.mul_(fade).add_(weights.sum(dim=1, keepdim=True))
+            if expected is not None:
+                expected.mul_(fade).add_(times(weights, part))
+        wanted = vocabulary[targets].to(states.dtype)
+        if expected is not None:
+            ctx.save_for_backward(expected.div_(total).sub_(wanted))
+        found: Tensor = (highest + total.log()).squeeze(1) - (states * wanted).sum(dim=1)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
@@ -75,8 +87,8 @@ class LanguageModel(Task):
         records, examples = examples_of(federation)
         if empty := [place for place, record in enumerate(records) if not record.target.strip()]:
             raise DataError(
-                f"data {federation.source}: {len(empty)} records have an empty target, the first is record "
-                f"{empty[0] + 1}; leave them out."
+                f"data {federation.source}: {len(empty)} records have an empty target, the first is "
+                f"{where(records, empty[0])}; leave them out."
             )
         return replace(examples, continuations=tuple(record.target for record in records))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedpers.config import TaskConfig
 from fedpers.data.base import Federation
 from fedpers.errors import ConfigError, DataError
-from fedpers.tasks.base import Batch, Examples, Floats, LinearHead, Task, examples_of
+from fedpers.tasks.base import Batch, Examples, Floats, LinearHead, Task, examples_of, where
 
 
 class RatingHead(LinearHead):
@@ -46,7 +46,7 @@ class Rating(Task):
                 targets[place] = np.nan
             if not self.config.low <= targets[place] <= self.config.high:
                 raise DataError(
-                    f"data {federation.source}: the target of record {place + 1} is no number from "
+                    f"data {federation.source}: the target of {where(records, place)} is no number from "
                     f"{self.config.low:g} to {self.config.high:g}; mend the data, or set task.low and task.high."
                 )
         return replace(examples, targets=targets)
