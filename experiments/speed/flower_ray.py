@@ -100,7 +100,7 @@ def simulate(users: int, threads: int, work: Callable[[Grid], None]) -> None:
         "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
         "init_args": {"num_cpus": cores, "include_dashboard": False},
     }
-    run_simulation(server_app=server, client_app=app, num_supernodes=users, backend_config=backend)  # type: ignore[arg-type]
+    run_simulation(server_app=server, client_app=app, num_supernodes=users, backend_config=backend)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ HUGE = 2.0**12  # step size of what is compared: the step dwarfs the rounding of
 Weights = Mapping[str, Tensor]
 
 
-def parse(about: str | None, modes: Sequence[str], threads: int = 2) -> argparse.Namespace:
+def parse(about: str | None, modes: Sequence[str], threads: int = 2, precision: bool = False) -> argparse.Namespace:
     """Read the command line that all peers share."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", type=Path, required=True, help="the file that workload.py wrote")
@@ -36,6 +36,8 @@ def parse(about: str | None, modes: Sequence[str], threads: int = 2) -> argparse
     parser.add_argument("--sums", type=Path, help="compare instead of timing: safetensors for agreement.py")
     parser.add_argument("--mode", choices=modes, default=modes[0])
     parser.add_argument("--threads", type=int, default=threads, help="of a training process")
+    if precision:
+        parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args()
     if not (args.out or args.sums):
         parser.error("one of --out and --sums is needed")
@@ -91,12 +93,13 @@ class Clock:
         while not self._stop.wait(1.0):
             self.peak = max(self.peak, total(lambda process: process.memory_full_info().pss))
 
-    def write(self, args: argparse.Namespace, peer: str) -> None:
-        """Write the JSON; seconds of preparation, of the first round, and of each timed one."""
+    def write(self, args: argparse.Namespace, peer: str, more: Mapping[str, object] | None = None) -> None:
+        """Write the JSON; seconds of preparation, of the first round, and of each timed one, and what else there is."""
         wall, cpu = (np.diff(marks).tolist() for marks in zip(*self.marks, strict=True))
         found = {
             "peer": peer, "mode": args.mode, "threads": args.threads, "rounds": wall[2:], "cpu_rounds": cpu[2:],
             "warm_up": wall[1], "start": wall[0], "peak_bytes": int(self.peak), "torch": version("torch"),
+            **(more or {}),
         }  # fmt: skip
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(found))
