@@ -167,12 +167,15 @@ def test_noise_hides_members_from_the_shared_model_and_not_from_a_personal_one(
     tiny: Tiny, audits: dict[str, list[Finding]], privacy: dict[str, Any]
 ) -> None:
     found = by_target(membership(greedy(tiny, privacy=privacy), **SIZE, reuse=REUSE))
+    # The records of one shadow share its noise, so one audit strays twice as far as independent records would.
+    more = [by_target(membership(greedy(tiny, privacy=privacy, seed=seed), **SIZE)) for seed in (1, 2)]
     open_ = overfitted(tiny, audits)
     for name in (LOSS, LIRA):
         shared, own = found[name, SHARED_MODEL], found[name, PERSONAL_MODEL]
         pairs = found[LOSS, SHARED_MODEL].numbers["canaries"]
         tolerance = 4 * null_error(pairs / 2, pairs / 2)  # 0.15 here
-        assert shared.numbers["auc"] == pytest.approx(0.5, abs=tolerance)
+        several = [shared.numbers["auc"], *(one[name, SHARED_MODEL].numbers["auc"] for one in more)]
+        assert sum(several) / len(several) == pytest.approx(0.5, abs=tolerance)
         assert open_[name, SHARED_MODEL].numbers["auc"] > 0.5 + tolerance, "the control: without noise it shows"
         assert shared.verdict != "violation"
         assert own.claimed == math.inf

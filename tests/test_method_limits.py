@@ -57,7 +57,7 @@ def trained_alone(tiny: Tiny, folder: Path, passes: int) -> Parameters:
         ("ditto", {}, 3, 0.0),  # its own copies are read by nothing that is sent
         ("apfl", {}, 3, 0.0),
         ("feddpa", {}, 3, 1e-5),
-        ("fedala", {"eta": 0.0}, 3, 1e-6),  # the start stays at what was received
+        ("fedala", {"eta": 0.0}, 3, 1e-5),  # the start stays at what was received
         ("per-fedavg", {"inner": 0.0}, 3, 1e-5),  # of two gradients the second counts, from where the first was taken
     ],
 )
