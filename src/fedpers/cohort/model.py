@@ -149,8 +149,10 @@ class CohortModel(nn.Module):
         backbone, budget = self.backbone, self.budget
         keep = self.records_of is None  # on disk; what is made anew for each round would crowd out the rest
         self.examples = examples
-        inputs, self.texts = self.read(examples)
-        self.inputs = inputs
+        self.inputs: Tokens
+        self.texts: Tokens
+        self.inputs, self.texts = self.read(examples) if donor is None else (donor.inputs, donor.texts)
+        inputs = self.inputs
         if self.task.causal:
             self.candidates = torch.zeros(0, backbone.width)
         elif donor is None:

@@ -74,8 +74,7 @@ def measure(
 ) -> dict[str, PerRecord]:
     """Return every kind's metrics on every test record, in the order of users and of their test rows.
 
-    All kinds are measured on one cohort before the next, so that what is in memory at a time does not grow with the
-    number of users, but for the metrics.
+    All kinds are measured on one cohort before the next, so that contexts are held of one cohort at a time.
     """
     model.present(users)
     found: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in kinds}
