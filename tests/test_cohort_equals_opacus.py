@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from conftest import SECRET
 from fedpers.cohort.batching import Step, epochs, poisson
 from fedpers.cohort.clients import Clients
+from fedpers.cohort.gradients import RecordProtection
 from fedpers.cohort.layout import layout
 from fedpers.cohort.linear import CohortLinear, Owners, to_cohort
-from fedpers.cohort.local_training import RecordProtection, train_phase
+from fedpers.cohort.local_training import train_phase
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, TrainConfig, parse_config

@@ -21,6 +21,7 @@ from conftest import save_random_tiny_bert
 from fedpers.cohort.linear import Owners, to_cohort
 from fedpers.cohort.model import CohortModel, Link, Parameters
 from fedpers.cohort.norm import CohortLayerNorm
+from fedpers.cohort.saving import save_shared
 from fedpers.config import ALIASES, FAMILY, GROUPS, AdapterConfig, Config
 from fedpers.data.base import load as load_data
 from fedpers.errors import ConfigError
@@ -415,7 +416,7 @@ def test_a_backbone_without_layer_norms_in_its_top_is_refused(random_tiny_bert: 
 def test_what_is_saved_comes_back_and_peft_applies_it(small: Tiny, tmp_path: Path) -> None:
     model = build(small(), ALL, "sigmoid")
     arrays = {name: value[0].numpy() for name, value in scattered(model, 1).items()}
-    model.save_shared(tmp_path, arrays)
+    save_shared(model, tmp_path, arrays)
     back = adapters.load(tmp_path)
     assert set(back) == set(arrays)
     assert all(np.array_equal(back[name], arrays[name]) for name in arrays)
@@ -451,7 +452,7 @@ def test_what_is_saved_comes_back_and_peft_applies_it(small: Tiny, tmp_path: Pat
 def test_a_lone_factor_is_saved_with_the_other_at_its_public_start(small: Tiny, tmp_path: Path, group: str) -> None:
     model = build(small())
     arrays = {name: value.numpy() + 1 for name, value in model.initial_of([group]).items()}
-    model.save_shared(tmp_path, arrays)
+    save_shared(model, tmp_path, arrays)
     back = adapters.load(tmp_path)
     assert set(back) == set(model.names(["adapter"]))
     for name, array in back.items():
@@ -466,7 +467,7 @@ def test_a_lone_factor_is_saved_with_the_other_at_its_public_start(small: Tiny, 
 def test_without_factors_of_the_first_adapter_nothing_is_written_for_peft(small: Tiny, tmp_path: Path) -> None:
     model = build(small(), ALL)
     kept = model.initial_of(["head", "norm", "A2", "B2"])
-    model.save_shared(tmp_path, {name: value.numpy() for name, value in kept.items()})
+    save_shared(model, tmp_path, {name: value.numpy() for name, value in kept.items()})
     assert {file.name for file in tmp_path.iterdir()} == {
         "head.json", "head.safetensors", "norm.safetensors", "second.safetensors"
     }  # fmt: skip

@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpers.cohort.batching import Step
-from fedpers.cohort.local_training import RecordProtection, train_phase
+from fedpers.cohort.gradients import RecordProtection
+from fedpers.cohort.lanes import Lanes
+from fedpers.cohort.local_training import train_phase
 from fedpers.cohort.model import CohortModel
+from fedpers.cohort.prefix_cache import Prefix
 from fedpers.cohort.products import RoundedLinear, round_linears
 from fedpers.config import Config, TrainConfig, result_text
+from fedpers.errors import ConfigError
 from fedpers.experiment import build_model, identity, prepare
+from fedpers.models.backbone import Backbone
 from fedpers.reporting import Reporter
 from fedpers.simulation import simulate
 from fedpers.tasks.language_model import _TokenLoss
@@ -122,3 +127,32 @@ def test_the_claim_of_a_run_does_not_depend_on_precision(tiny: Callable[..., Con
     plain, rounded = (simulate(changed(config, one), tmp_path / one) for one in ("fp32", "bf16"))
     assert plain.claim.epsilon == rounded.claim.epsilon > 0
     assert "precision: bf16" in (tmp_path / "bf16" / "config.yaml").read_text()
+
+
+def test_a_prefix_in_16_bits_changes_sums_by_its_rounding_alone(tiny: Callable[..., Config]) -> None:
+    """Measured with MiniLM and real messages: see experiments/speed; here a random tiny encoder."""
+    config = tiny()
+    half = config.model_copy(update={"engine": config.engine.model_copy(update={"prefix": "fp16"})})
+    plain, kept = built(config), built(half)
+    assert plain.prefix is not None
+    assert kept.prefix is not None
+    assert kept.prefix.flat.dtype == np.float16
+    assert kept.prefix.flat.nbytes * 2 == plain.prefix.flat.nbytes
+    rows = [*plain.examples.train[0][:4], *plain.examples.train[1][:4]]
+    ours, theirs = (moved(model, rows, [0] * 4 + [1] * 4) for model in (plain, kept))
+    for name, value in ours.items():
+        assert float((theirs[name] - value).norm() / value.norm()) < 2e-3, name  # 11 bits of mantissa
+    assert any(not torch.equal(theirs[name], value) for name, value in ours.items())
+    assert bool((norms(theirs)[:2] <= 4 * CLIP * (1 + 1e-5)).all())
+    assert result_text(config) != result_text(half)
+
+
+def test_a_prefix_that_16_bits_cannot_hold_is_refused(tiny: Callable[..., Config], random_tiny_bert: Path) -> None:
+    config = tiny(engine={"prefix": "fp16"})
+    backbone = Backbone(str(random_tiny_bert))
+    with torch.no_grad():
+        backbone.blocks[0].output.LayerNorm.weight.mul_(1e6)
+    lanes = Lanes(backbone, Backbone.twin, 1)
+    tokens = backbone.tokenize(["a text"], config.data.max_tokens)
+    with pytest.raises(ConfigError, match=r"engine\.prefix=fp16: block 1 .* above 65504"):
+        Prefix(lanes, tokens, 1, 512, lambda what, done, total: None, keep=False, kept_as="fp16")

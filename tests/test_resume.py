@@ -151,12 +151,12 @@ def half_checkpoint(patch: pytest.MonkeyPatch) -> None:
 def half_adapters(patch: pytest.MonkeyPatch) -> None:
     """Crash while the shared adapter is written: safetensors writes to a file with a random name first."""
 
-    def crashing(self: CohortModel, directory: Path, arrays: Any) -> None:
+    def crashing(model: CohortModel, directory: Path, arrays: Any) -> None:
         directory.mkdir(parents=True)
         (directory / ".tmpwhatever").write_bytes(b"half")
         raise Crash
 
-    patch.setattr(CohortModel, "save_shared", crashing)
+    patch.setattr(simulation, "save_shared", crashing)
 
 
 def half_ledger_line(number: int) -> Callable[[pytest.MonkeyPatch], None]:

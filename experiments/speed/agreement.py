@@ -18,13 +18,15 @@ from pathlib import Path
 
 import torch
 from measure import HUGE, Weights, write_sums
+from peer_client import MODES
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from workload import Workload, configure, load, order
 
 from fedpers.cohort.batching import Step
-from fedpers.cohort.local_training import RecordProtection, train_phase
+from fedpers.cohort.gradients import RecordProtection
+from fedpers.cohort.local_training import train_phase
 from fedpers.cohort.model import CohortModel
 from fedpers.config import TrainConfig
 from fedpers.experiment import build_model, prepare
@@ -53,7 +55,7 @@ def of_cohort(model: CohortModel, workload: Workload, steps: Sequence[Step], lr:
 
 def write_fedpers(path: Path, source: Path, workload: Workload, private: bool) -> None:
     """Write what the cohort engine computes, in the form of the peers."""
-    experiment = prepare(configure(workload.settings.layers, len(workload.clients)))
+    experiment = prepare(configure(workload.settings.task, workload.settings.layers, len(workload.clients)))
     model, steps = build_model(experiment, Reporter()), order(experiment.config, experiment.examples)
     with safe_open(source, framework="pt") as file:
         rows = file.get_tensor("rows")
@@ -71,7 +73,7 @@ def write_fedpers(path: Path, source: Path, workload: Workload, private: bool) -
 
 def peers(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """Yield script, mode and Python of what is to be compared."""
-    for mode in ("hooks", "ghost", "none"):
+    for mode in args.modes:
         yield "sequential", mode, sys.executable
     if args.ray:
         yield "flower_ray", "hooks", args.ray
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("--ray", help="Python with flwr[simulation]")
     parser.add_argument("--pfl", help="Python with pfl[pytorch]")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of one client after the other")
     args = parser.parse_args()
     workload, worst = load(args.workload), 0.0
     with tempfile.TemporaryDirectory() as folder:

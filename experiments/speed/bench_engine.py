@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from fedpers.cohort.batching import epochs
-from fedpers.cohort.local_training import RecordProtection, train_phase
+from fedpers.cohort.gradients import RecordProtection
+from fedpers.cohort.local_training import train_phase
 from fedpers.cohort.model import CohortModel
 from fedpers.config import Config, load_config
 from fedpers.experiment import Experiment, build_model, prepare

@@ -18,11 +18,14 @@ from torch import Tensor
 from workload import Workload, configure, load, order
 
 from fedpers.cohort.batching import Step
-from fedpers.cohort.local_training import RecordProtection, train_phase
+from fedpers.cohort.gradients import RecordProtection
+from fedpers.cohort.lanes import Lanes
+from fedpers.cohort.local_training import train_phase
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.prefix_cache import Prefix
 from fedpers.config import TrainConfig
 from fedpers.experiment import build_model, prepare
+from fedpers.models.backbone import Backbone
 from fedpers.privacy.randomness import generator
 from fedpers.reporting import Reporter
 
@@ -32,7 +35,14 @@ BOTH = ("adapter", "head")
 def fill(model: CohortModel) -> float:
     """Compute what is frozen below the lowest adapter anew, of training and test records; returns the seconds."""
     began = time.perf_counter()
-    Prefix(model.backbone, model.inputs, model.layer, model.budget, lambda what, done, total: None, keep=False)
+    Prefix(
+        Lanes(model.backbone, Backbone.twin, model.lanes.count),
+        model.inputs,
+        model.layer,
+        model.budget,
+        lambda what, done, total: None,
+        keep=False,
+    )
     return time.perf_counter() - began
 
 
@@ -70,7 +80,7 @@ def main() -> None:
     """Time rounds."""
     args = parse(__doc__, ("dp", "none"), precision=True)
     workload = load(args.workload)
-    config = configure(workload.settings.layers, len(workload.clients))
+    config = configure(workload.settings.task, workload.settings.layers, len(workload.clients))
     engine = config.engine.model_copy(update={"threads": args.threads, "precision": args.precision})
     experiment = prepare(config.model_copy(update={"engine": engine}))
     model, steps = build_model(experiment, Reporter()), order(config, experiment.examples)

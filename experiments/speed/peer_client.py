@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from opacus import PrivacyEngine
-from peer_model import PeerModel, copy_into
-from torch import Tensor, nn
+from peer_model import Criterion, copy_into, make
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from workload import Batch, Settings, Workload, load
 
@@ -26,10 +26,10 @@ class Client:
     def __init__(self, settings: Settings, mode: str, seed: int = 0) -> None:
         """Build them; `mode` is Opacus's grad_sample_mode, or "none" for plain SGD; `seed` is the noise's."""
         self.settings, self.mode = settings, mode
-        plain = PeerModel(settings)
+        plain = make(settings)
         self.arrays = plain.arrays()
         self.module: Any = plain
-        self.criterion: Any = nn.CrossEntropyLoss(reduction="mean" if mode == "none" else "sum")
+        self.criterion: Any = Criterion(plain, "mean" if mode == "none" else "sum")
         self.optimizer: Any = torch.optim.SGD(list(self.arrays.values()), lr=settings.lr)
         if mode != "none":
             size = settings.batch_size

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from measure import HUGE, Clock, Weights, parse, write_sums
-from peer_model import PeerModel, copy_into
+from peer_model import NextMessage, PeerModel, Replies, copy_into
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -25,24 +25,31 @@ from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from pfl.postprocessor.base import Postprocessor
 from torch import Tensor
-from torch.nn import functional
 from workload import Batch, Workload, load
 
 NEVER = 1_000_000  # rounds between evaluations; pfl evaluates in the first round all the same, which warms up here
 
 
-class Model(PeerModel):
-    """The peers' model with the two methods that pfl asks for."""
+class Asked(PeerModel):
+    """The two methods that pfl asks for."""
 
     def loss(self, ids: Tensor, mask: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a batch."""
-        return functional.cross_entropy(self(ids, mask, candidates), targets)
+        return self.of_output(self(ids, mask, candidates), targets).mean()
 
     @torch.no_grad()
     def metrics(self, ids: Tensor, mask: Tensor, candidates: Tensor, targets: Tensor) -> dict[str, Weighted]:
         """Return the loss as pfl wants it."""
         loss = self.loss(ids, mask, candidates, targets).item()
         return {"loss": Weighted(loss * len(targets), len(targets))}
+
+
+class AskedReplies(Asked, Replies):
+    """The peers' model of replies."""
+
+
+class AskedNextMessage(Asked, NextMessage):
+    """The peers' model of the next message."""
 
 
 class Batches(Dataset):  # type: ignore[misc]
@@ -94,7 +101,7 @@ class Kept(Postprocessor):  # type: ignore[misc]
 
 
 def run(
-    workload: Workload, model: Model, rounds: int, callbacks: list[Rounds], keep: list[Kept], step: bool = False
+    workload: Workload, model: Asked, rounds: int, callbacks: list[Rounds], keep: list[Kept], step: bool = False
 ) -> None:
     """Train as pfl's tutorials do: so many rounds of one epoch, or one of a step with step size HUGE."""
     users = [str(client) for client in range(len(workload.clients))]
@@ -125,7 +132,7 @@ def run(
     )
 
 
-def compare(workload: Workload, model: Model, step: bool) -> list[Weights]:
+def compare(workload: Workload, model: Asked, step: bool) -> list[Weights]:
     """Return each client's weights after the first batch, or after the epoch."""
     of = {id(parameter): name for name, parameter in model.arrays().items()}
     kept = Kept({name: of[id(p)] for name, p in model.named_parameters() if p.requires_grad})
@@ -141,7 +148,7 @@ def main() -> None:
     args = parse(__doc__, ("none",))
     with Clock() as clock:
         workload = load(args.workload)
-        model = Model(workload.settings)
+        model = (AskedReplies if workload.settings.task == "reply" else AskedNextMessage)(workload.settings)
         if args.sums:
             write_sums(args.sums, workload, compare(workload, model, True), compare(workload, model, False), mean=True)
             return

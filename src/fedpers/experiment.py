@@ -171,20 +171,22 @@ def _check_task(config: Config) -> None:
 def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None = None) -> CohortModel:
     """Load the backbone and compute what is frozen, once for all runs that share it."""
     config = experiment.config
-    torch.set_num_threads(config.engine.threads)
+    torch.set_num_threads(1)  # passes go on beside each other, see cohort/lanes.py; one is not split
     torch.use_deterministic_algorithms(True, warn_only=False)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time, changes nothing
     if config.engine.precision == "bf16" and not supported():
         reporter.message("engine.precision=bf16: this machine has no bfloat16 products, so fp32 would be faster")
     reuse = reuse or Reuse()
-    parts = _json(config, "data", "task", "seed", "model", "engine")
+    kept = (config.engine.precision, config.engine.prefix, config.engine.threads)
+    parts = (_json(config, "data", "task", "seed", "model"), *kept)
     beyond, link = experiment.plan.beyond, experiment.plan.method.link
     key = parts, experiment.adapts, beyond, link
     if key not in reuse.models:
         # At their initial values adapters change nothing, so a model without them takes all from one with them.
         lazy = bool(experiment.federation.lazy)
         donor = None
-        if not (experiment.adapts or lazy or config.engine.precision == "bf16"):
+        rounded = config.engine.precision == "bf16" or config.engine.prefix == "fp16"
+        if not (experiment.adapts or lazy or rounded):
             donor = next((m for k, m in reuse.models.items() if k[:2] == (parts, True)), None)
         reuse.models[key] = CohortModel(
             config,
@@ -198,11 +200,13 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
             link,
             experiment.records_of if lazy else None,
         )
+    model = reuse.models[key]
+    model.budget = config.engine.token_budget
     if experiment.guarantee.unit != "none":
-        check_separate(reuse.models[key])
-        check_rows(experiment.plan, reuse.models[key], config)
+        check_separate(model)
+        check_rows(experiment.plan, model, config)
         _check_secret(experiment)
-    return reuse.models[key]
+    return model
 
 
 def _check_secret(experiment: Experiment) -> None:

@@ -16,6 +16,7 @@ import torch
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
+from fedpers.cohort.saving import save_shared
 from fedpers.config import GROUPS, PLAIN, Family, expand, spoken
 from fedpers.errors import ConfigError, DataError, RunDirectoryError
 from fedpers.evaluation import models as evaluation
@@ -95,7 +96,7 @@ def personalize(
         out.mkdir(parents=True, mode=0o700)
     except OSError as error:
         raise RunDirectoryError(f"{out}: cannot be written ({error.strerror}).") from error
-    model.save_shared(out, {name: fitted[name][0].numpy() for name in model.layers})
+    save_shared(model, out, {name: fitted[name][0].numpy() for name in model.layers})
     about = {
         "run": run.config.name,
         "made_on": run.mark,

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from fedpers.cohort.personal_store import Changes, PersonalStore
+from fedpers.cohort.tuning import Choice, from_json
 from fedpers.config import Config, dump_config
 from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpers.models.backbone import public_name
@@ -120,6 +121,20 @@ class RunDirectory:
         if given is not None and (secret_key(given) != run.secret() or not (run.private / "secret-given").exists()):
             raise RunDirectoryError(f"{path}: was not started with this privacy.secret; leave it out to resume.")
         return run
+
+    def tuned(self, choose: Callable[[], Choice]) -> Choice:
+        """Return how the engine cuts its work, as it was chosen when this run began, or choose it now.
+
+        Raises:
+            RunDirectoryError: the file with the choice is damaged.
+        """
+        path = self.private / "engine.json"
+        if not path.exists():
+            self._write("private/engine.json", choose().to_json())
+        try:
+            return from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path) from error
 
     @property
     def started(self) -> bool:
@@ -243,9 +258,10 @@ class RunDirectory:
         scratch.replace(self.private / MEMBERS)
 
     def _write(self, name: str, text: str) -> None:
-        scratch = self.path / f".{name}.partial"
+        path = self.path / name
+        scratch = path.with_name(f".{path.name}.partial")
         scratch.write_text(text, encoding="utf-8")
-        scratch.replace(self.path / name)
+        scratch.replace(path)
 
     def _write_secret(self, secret: bytes, given: bool) -> None:
         (self.private / "secret-given").unlink(missing_ok=True)

@@ -17,6 +17,8 @@ from fedpers import frontier
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.layout import layout
 from fedpers.cohort.personal_store import PersonalStore
+from fedpers.cohort.saving import save_shared
+from fedpers.cohort.tuning import tune
 from fedpers.config import FAMILIES, Config
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import summarize, users_table, write_table
@@ -120,6 +122,12 @@ def simulate(
     model = build_model(experiment, reporter, reuse)
     if not directory.started:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
+    if config.engine.tune:
+        choice = directory.tuned(lambda: tune(model, experiment.plan, config))
+        reporter.message(f"cohorts of {choice.cohort_size} clients, passes of {choice.token_budget} tokens")
+        model.budget = choice.token_budget
+        config = config.model_copy(update={"engine": choice.apply(config.engine)})
+        experiment = replace(experiment, config=config)
     users = experiment.measured
     everybody = len(experiment.examples.users)
     store = PersonalStore(directory.private / "rounds", everybody, layout(config, experiment.plan, model).kept())
@@ -139,9 +147,9 @@ def simulate(
     write_table(rounds, directory.path / "rounds.parquet")
     if shared:
         place = directory.fresh_adapters()
-        model.save_shared(place, clients.layout.common(shared))
+        save_shared(model, place, clients.layout.common(shared))
         for version in range(clients.layout.clusters):
-            model.save_shared(place.with_name(f"cluster{version}"), clients.layout.version(shared, version))
+            save_shared(model, place.with_name(f"cluster{version}"), clients.layout.version(shared, version))
     result = summarize(table, metric=task.metric, seed=config.seed, higher_is_better=task.higher_is_better)
     references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
     label = f"{claim.label()}; the metrics are measured without noise"

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.cohort.batching import epochs, poisson
+from fedpers.cohort.gradients import RecordProtection
 from fedpers.cohort.layout import layout
-from fedpers.cohort.local_training import RecordProtection, Stats, train_phase
+from fedpers.cohort.local_training import Stats, train_phase
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.optimizer import Noise
 from fedpers.cohort.personal_store import PersonalStore

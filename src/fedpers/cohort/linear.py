@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
 from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 
 from fedpers.cohort.norm import CohortLayerNorm
 
+_NOBODY = torch.zeros(0, dtype=torch.long)
+
 
 class Owners:
-    """Who owns each record of the current forward pass; one object shared by all layers of a model."""
+    """Who owns each record of the current forward pass; one object for all layers of a model and its copies.
+
+    Every thread sees what it has set itself, so that threads can make passes of their own.
+    """
 
     def __init__(self) -> None:
-        self.index = torch.zeros(0, dtype=torch.long)  # (records,), positions in the cohort
+        self._of_thread = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owners:
+        """Return itself."""
+        return self
+
+    @property
+    def index(self) -> Tensor:
+        """Positions in the cohort, (records,)."""
+        found: Tensor = getattr(self._of_thread, "index", _NOBODY)
+        return found
 
     def set(self, index: Tensor) -> None:
         """Set the owners of the coming forward pass, shape (records,)."""
-        self.index = index
+        self._of_thread.index = index
 
 
 class CohortLinear(nn.Module):

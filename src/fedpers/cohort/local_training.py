@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from opacus.grad_sample import GradSampleHooks
 from torch import Tensor
 
-from fedpers.cohort.batching import Index, Step, microbatches
+from fedpers.cohort.batching import Step
+from fedpers.cohort.gradients import Gradients, RecordProtection
 from fedpers.cohort.model import CohortModel, Parameters
-from fedpers.cohort.optimizer import CohortDPOptimizer, Noise
 from fedpers.config import FAMILY, TrainConfig
 from fedpers.plan import encodes
-
-
-@dataclass(frozen=True)
-class RecordProtection:
-    """DP-SGD inside the client: what one record can do to a step's sum, and the noise that hides it."""
-
-    clip: float  # L2 bound on a record's gradient, over all trained arrays jointly
-    noise_multiplier: float  # noise deviation over clip; 0 clips without noise
-    lot_size: float  # public divisor of every sum
-    noise: Noise
-    per_layer: bool = False  # clip each trained array to clip/sqrt(arrays) instead: the same joint bound
 
 
 @dataclass(frozen=True)
@@ -96,32 +82,21 @@ def train_phase(
     contexts = _fixed_contexts(model, train, steps)
     stats = Stats()
     origin: list[Tensor] = []
-    with _opacus(model, optimizer, protection) as private:
+    with Gradients(model, moving, optimizer, protection, steps, contexts) as work:
         for number, step in enumerate(steps):
             optimizer.zero_grad()
-            scale = torch.from_numpy(step.weights)
-            for part in microbatches(model.lengths[step.rows], model.budget):
-                losses = _losses(model, step, part, None if contexts is None else contexts[number])
-                if private is None:
-                    (losses * scale[torch.from_numpy(part)]).sum().backward()  # type: ignore[no-untyped-call]
-                else:
-                    with warnings.catch_warnings():
-                        # The head reads features that need no gradient: its hooks see outputs alone, as Opacus needs.
-                        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                        losses.sum().backward()  # type: ignore[no-untyped-call]
-                    private.accumulate()
-                stats.loss_sum += float(losses.detach().nansum())
-                stats.records += len(part)
+            stats.loss_sum += work.step(number)
+            stats.records += len(step.rows)
             active = torch.from_numpy(step.active)
             stepping = rule.inner is not None or not step.active.all()
             before = [weight.detach().clone() for weight in weights.values()] if stepping else []
             hook = _gradient_hook(weights, rule)
-            if private is None:
+            if work.private is None:
                 hook()
                 optimizer.step()
             else:
-                private.attach_step_hook(lambda _optimizer, run=hook: run())
-                private.finish_batch()
+                work.private.attach_step_hook(lambda _optimizer, run=hook: run())
+                work.private.finish_batch()
             for name, (low, high) in rule.bounds.items():
                 weights[name].data = torch.minimum(torch.maximum(weights[name].detach(), low), high)
             if not step.active.all():
@@ -134,11 +109,12 @@ def train_phase(
                     _from(weights, origin, before)
         if rule.inner is not None and len(steps) % 2:
             raise AssertionError("an inner step without the gradient that it is taken for")
-    if private is not None:
-        stats.clipped, stats.nonfinite = private.clipped, private.nonfinite
-        if settings.optimizer == "sgd" and rule.inner is None:
-            rates = (group["lr"] for group in optimizer.param_groups)
-            stats.noise = {n: -lr * drawn for n, lr, drawn in zip(moving, rates, private.drawn, strict=True)}
+        if work.private is not None:
+            stats.clipped, stats.nonfinite = work.private.clipped, work.private.nonfinite
+            if settings.optimizer == "sgd" and rule.inner is None:
+                rates = (group["lr"] for group in optimizer.param_groups)
+                drawn = zip(moving, rates, work.private.drawn, strict=True)
+                stats.noise = {name: -lr * noise for name, lr, noise in drawn}
     for name in moving:
         parameters[name] = model.layers[name].weight.detach()
     return stats
@@ -168,34 +144,6 @@ def _fixed_contexts(model: CohortModel, train: Sequence[str], steps: Sequence[St
     unique, first, place = np.unique(rows, return_index=True, return_inverse=True)
     encoded = model.all_contexts(unique, owners[first])[torch.from_numpy(place)]
     return list(torch.split(encoded, [len(step.rows) for step in steps]))
-
-
-def _losses(model: CohortModel, step: Step, part: Index, contexts: Tensor | None) -> Tensor:
-    rows, owners = step.rows[part], torch.from_numpy(step.owners[part])
-    context = model.contexts(rows, owners) if contexts is None else contexts[torch.from_numpy(part)]
-    return model.losses(context, rows, owners)
-
-
-@contextmanager
-def _opacus(
-    model: CohortModel, optimizer: torch.optim.Optimizer, protection: RecordProtection | None
-) -> Iterator[CohortDPOptimizer | None]:
-    if protection is None:
-        yield None
-        return
-    hooks = GradSampleHooks(model, loss_reduction="sum")
-    try:
-        yield CohortDPOptimizer(
-            optimizer,
-            owners=model.owners,
-            noise_multiplier=protection.noise_multiplier,
-            max_grad_norm=protection.clip,
-            lot_size=protection.lot_size,
-            noise=protection.noise,
-            per_layer=protection.per_layer,
-        )
-    finally:
-        hooks.cleanup()
 
 
 def _gradient_hook(weights: Mapping[str, torch.nn.Parameter], rule: StepRule) -> Callable[[], None]:

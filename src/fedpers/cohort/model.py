@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedpers.cohort.batching import Index, microbatches
+from fedpers.cohort.lanes import Lanes
 from fedpers.cohort.linear import CohortLinear, Layer, Owners, to_cohort
 from fedpers.cohort.prefix_cache import Embedded, Prefix, Progress
 from fedpers.cohort.products import round_linears
 from fedpers.config import Config, expand
 from fedpers.models import adapters
 from fedpers.models.array_names import GATE, HEAD, SECOND, array_name, group_of
-from fedpers.models.backbone import Backbone, Tokens, next_tokens, public_name
+from fedpers.models.backbone import Backbone, Tokens, next_tokens
 from fedpers.privacy.randomness import Part, generator
 from fedpers.tasks.base import Batch, Examples, Task, gather
 
@@ -84,10 +85,11 @@ class CohortModel(nn.Module):
         backbone: Backbone = Backbone(config.model.backbone) if donor is None else donor.backbone
         self.task, self.adapts, self.records_of = task, adapt, records_of
         self.budget, self.max_tokens = config.engine.token_budget, config.data.max_tokens
-        self.precision = config.engine.precision
+        self.precision, self.kept_as = config.engine.precision, config.engine.prefix
         self.backbone: Backbone = backbone
         self.fingerprint: str = backbone.fingerprint() if donor is None else donor.fingerprint  # before LoRA is placed
         self.owners = Owners()
+        self.lanes: Lanes[CohortModel] = Lanes(self, CohortModel.twin, config.engine.threads)
         self.lora: Any | None = None
         self.scaling: float = config.model.adapter.alpha / config.model.adapter.rank
         self.link: Link = link
@@ -146,7 +148,9 @@ class CohortModel(nn.Module):
 
     def _take_up(self, examples: Examples, progress: Progress, donor: CohortModel | None = None) -> None:
         """Compute what the frozen backbone makes of these records."""
-        backbone, budget = self.backbone, self.budget
+        budget = self.budget
+        self.lanes.forget()
+        backbone = Lanes(self.backbone, Backbone.twin, self.lanes.count)
         keep = self.records_of is None  # on disk; what is made anew for each round would crowd out the rest
         self.examples = examples
         self.inputs: Tokens
@@ -154,7 +158,7 @@ class CohortModel(nn.Module):
         self.inputs, self.texts = self.read(examples) if donor is None else (donor.inputs, donor.texts)
         inputs = self.inputs
         if self.task.causal:
-            self.candidates = torch.zeros(0, backbone.width)
+            self.candidates = torch.zeros(0, self.backbone.width)
         elif donor is None:
             self.candidates = Embedded(backbone, self.texts, budget, progress, "candidates", keep).vectors
         else:
@@ -166,7 +170,7 @@ class CohortModel(nn.Module):
             self.features = Embedded(backbone, inputs.before(), budget, progress, "contexts", keep).vectors
         if self.adapts or self.task.causal:
             if self.layer >= 0:
-                self.prefix = Prefix(backbone, inputs, self.layer, budget, progress, keep)
+                self.prefix = Prefix(backbone, inputs, self.layer, budget, progress, keep, self.kept_as)
         elif donor is None:
             self.frozen_contexts = Embedded(backbone, inputs, budget, progress, "contexts", keep).vectors
         else:
@@ -196,6 +200,22 @@ class CohortModel(nn.Module):
             # lora_B, gate and residual are 0, norms the backbone's, heads start as the task says.
             return layer.weight.detach()[0].clone()
         return torch.from_numpy(first_factor((layer.out_features, layer.in_features), key, "initial", name))
+
+    def twin(self) -> CohortModel:
+        """Return a copy for another thread: it has weights and gradients of its own, and shares the rest."""
+        kept = ("task", "lanes", "initial", "records_of", "examples", "inputs", "texts", "lengths")
+        frozen = ("candidates", "prefix", "features", "frozen_contexts")
+        shared: list[Any] = [getattr(self, name) for name in (*kept, *frozen)]
+        shared += [*self.parameters(), *self.buffers(), *self.backbone.shared()]
+        shared += [self.vocabulary] if self.task.causal else []
+        owned = {id(layer.weight) for layer in self.layers.values()}
+        return copy.deepcopy(self, {id(one): one for one in shared if id(one) not in owned})
+
+    def effort(self, tokens: int) -> float:
+        """Return about how many floating-point operations a pass over so many tokens has, backward included."""
+        width, adapted = self.backbone.width, self.backbone.depth - max(self.layer, 0)
+        words = self.vocabulary.shape[0] if self.task.causal else 0
+        return 4.0 * tokens * width * (12 * width * adapted + words)
 
     def names(self, groups: Sequence[str]) -> tuple[str, ...]:
         """Return the array names of these groups (or aliases, see config.expand), sorted."""
@@ -287,27 +307,24 @@ class CohortModel(nn.Module):
             return self.contexts(rows, torch.from_numpy(owners))
         tokens = (self.longest,) if self.task.causal else ()
         result = torch.empty(len(rows), *tokens, self.backbone.width)
-        for part in microbatches(self.lengths[rows], self.budget):
-            result[torch.from_numpy(part)] = self.contexts(rows[part], torch.from_numpy(owners[part]))
+
+        def encode(model: CohortModel, part: Index) -> None:
+            with torch.no_grad():  # which holds for the thread that says it
+                result[torch.from_numpy(part)] = model.contexts(rows[part], torch.from_numpy(owners[part]))
+
+        self.on_lanes(encode, rows)
         return result
 
-    def save_shared(self, directory: Path, arrays: Mapping[str, NDArray[np.float32]]) -> None:
-        """Write arrays as standard PEFT files with the head beside them.
+    def on_lanes(self, work: Callable[[CohortModel, Index], None], rows: Index) -> None:
+        """Do `work` with the weights that are loaded, on parts of rows, given as positions in them."""
+        parts = list(microbatches(self.lengths[rows], self.budget))
+        effort = self.effort(int(self.lengths[rows].sum())) / 2
 
-        Where some factors of the first adapter are given, the others are written at their public initial values, or
-        PEFT could not load them.
-        """
-        if any(group_of(name) in {"A", "B"} for name in arrays):
-            arrays = {**{name: first.numpy() for name, first in self.initial_of(["adapter"]).items()}, **arrays}
-        description = {
-            "task": type(self.task).__name__,
-            "backbone": public_name(self.backbone.name),
-            "pooling": self.task.reads,
-            "apply": (self.head.__doc__ or "").strip().partition("\n")[0],
-            "scale": self.task.scale,
-            **self.task.public(),
-        }
-        if GATE in arrays:
-            description["link"] = self.link
-        inner = str(self.backbone.model.base_model_prefix) if self.task.causal else ""
-        adapters.save(directory, arrays, self.lora, description, inner)
+        def load(model: CohortModel, part: Index) -> None:
+            if model is not self:
+                for name, layer in self.layers.items():
+                    model.layers[name].weight.data = layer.weight.data
+            work(model, part)
+
+        for _ in self.lanes.each(load, parts, effort):
+            pass

@@ -73,6 +73,17 @@ class CohortDPOptimizer(DPOptimizer):  # type: ignore[misc]
         self.step()
         self.zero_grad()
 
+    def take(self, other: CohortDPOptimizer) -> None:
+        """Add the sums that another lane has of this logical batch, and empty them there."""
+        for mine, theirs in zip(self.params, other.params, strict=True):
+            if theirs.summed_grad is not None:
+                mine.summed_grad = theirs.summed_grad + (0.0 if mine.summed_grad is None else mine.summed_grad)
+                theirs.summed_grad = None
+        self.records += other.records
+        self.clipped += other.clipped
+        self.nonfinite += other.nonfinite
+        other.records = other.clipped = other.nonfinite = 0
+
     def finish_batch(self) -> None:
         """End the logical batch: noise, scaling and the wrapped optimizer's step, for empty batches too."""
         for parameter in self.params:

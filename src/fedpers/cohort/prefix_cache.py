@@ -1,8 +1,8 @@
 """What the frozen part of the backbone makes of each text, computed once and kept.
 
-Below the lowest adapted block nothing changes during a run, so each record's hidden states there are computed once,
-in fp32, and kept on disk under the hash of model, vocabulary, layer and token ids. Without adapters the whole backbone
-is frozen, and one pooled vector per record is all that is kept.
+Below the lowest adapted block nothing changes during a run, so each record's hidden states there are computed once and
+kept on disk, in fp32 or rounded to 16 bits as the run asks, under the hash of model, vocabulary, layer and token ids.
+Without adapters the whole backbone is frozen, and one pooled vector per record is all that is kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,28 +21,32 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedpers.cohort.batching import Index, microbatches
+from fedpers.cohort.lanes import Lanes
+from fedpers.errors import ConfigError
 from fedpers.models import assets
 from fedpers.models.backbone import Backbone, Tokens
 
 MAX_BYTES = 8 * 2**30  # of all cached files together; the least recently used go first
-FORMAT = 1
+FORMAT = 2
+Floats = NDArray[Any]  # float32, or float16 where a prefix is kept so
+Kept = Literal["fp32", "fp16"]
 Progress = Callable[[str, int, int], None]  # what, done, total
-Fill = Callable[[NDArray[np.float32], Index, Tensor, Tensor], None]  # into, rows, token ids, mask
+Fill = Callable[[Backbone, Floats, Index, Tensor, Tensor], None]  # by, into, rows, token ids, mask
 
 
 class Embedded:
     """Unit-length vectors of texts by the frozen backbone, shape (texts, width); equal texts are encoded once."""
 
     def __init__(
-        self, backbone: Backbone, tokens: Tokens, budget: int, progress: Progress, what: str, keep: bool = True
+        self, backbone: Lanes[Backbone], tokens: Tokens, budget: int, progress: Progress, what: str, keep: bool = True
     ) -> None:
-        def fill(out: NDArray[np.float32], rows: Index, ids: Tensor, mask: Tensor) -> None:
+        def fill(backbone: Backbone, out: Floats, rows: Index, ids: Tensor, mask: Tensor) -> None:
             out[rows] = backbone.encode(ids, mask).numpy()
 
         places: dict[tuple[int, ...], int] = {}
         rows = [places.setdefault(tuple(ids.tolist()), len(places)) for ids in tokens.ids]
         distinct = Tokens(tuple(torch.tensor(ids, dtype=torch.long) for ids in places))
-        shape = (len(places), backbone.width)
+        shape = (len(places), backbone.first.width)
         found = _cached(backbone, distinct, "pooled", shape, fill, budget, progress, what, keep)
         self.vectors = torch.from_numpy(found[np.array(rows, dtype=np.int64)])
 
@@ -53,19 +58,31 @@ class Prefix:
     """
 
     def __init__(
-        self, backbone: Backbone, tokens: Tokens, layer: int, budget: int, progress: Progress, keep: bool = True
+        self,
+        backbone: Lanes[Backbone],
+        tokens: Tokens,
+        layer: int,
+        budget: int,
+        progress: Progress,
+        keep: bool = True,
+        kept_as: Kept = "fp32",
     ) -> None:
         self.lengths: Index = tokens.lengths.numpy()
         self.offsets: Index = np.concatenate([[0], np.cumsum(self.lengths)])
 
-        def fill(out: NDArray[np.float32], rows: Index, ids: Tensor, mask: Tensor) -> None:
+        def fill(backbone: Backbone, out: Floats, rows: Index, ids: Tensor, mask: Tensor) -> None:
             whole = layer == backbone.depth
             hidden = (backbone.last(ids, mask) if whole else backbone.below(ids, mask, layer)).numpy()
+            if kept_as == "fp16" and np.abs(hidden).max(initial=0.0) > np.finfo(np.float16).max:
+                raise ConfigError(
+                    f"engine.prefix=fp16: block {layer} of {backbone.name!r} reads numbers above 65504, which 16 bits "
+                    "cannot hold; set engine.prefix=fp32."
+                )
             for place, row in enumerate(rows):
                 out[self.offsets[row] : self.offsets[row + 1]] = hidden[place, : self.lengths[row]]
 
-        shape = (int(self.offsets[-1]), backbone.width)
-        self.flat = _cached(backbone, tokens, f"layer{layer}", shape, fill, budget, progress, "frozen layers", keep)
+        shape, kind = (int(self.offsets[-1]), backbone.first.width), f"layer{layer}"
+        self.flat = _cached(backbone, tokens, kind, shape, fill, budget, progress, "frozen layers", keep, kept_as)
 
     def batch(self, rows: Index) -> tuple[Tensor, Tensor]:
         """Return hidden states (records, tokens, width), zero where padded, and the mask (records, tokens)."""
@@ -79,7 +96,7 @@ class Prefix:
 
 
 def _cached(
-    backbone: Backbone,
+    backbone: Lanes[Backbone],
     tokens: Tokens,
     kind: str,
     shape: tuple[int, int],
@@ -88,12 +105,14 @@ def _cached(
     progress: Progress,
     what: str,
     keep: bool,
-) -> NDArray[np.float32]:
+    kept_as: Kept = "fp32",
+) -> Floats:
+    dtype = {"fp32": np.float32, "fp16": np.float16}[kept_as]
     if not keep:  # in memory alone
-        found = np.empty(shape, dtype=np.float32)
-        _compute(found, tokens, fill, budget, progress, what)
+        found = np.empty(shape, dtype=dtype)
+        _compute(found, backbone, tokens, fill, budget, progress, what)
         return found
-    digest = hashlib.sha256(f"{FORMAT} {backbone.fingerprint()} {kind}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {backbone.first.fingerprint()} {kind} {kept_as}".encode())
     digest.update(tokens.lengths.numpy().tobytes())
     for ids in tokens.ids:
         digest.update(ids.numpy().tobytes())
@@ -105,9 +124,9 @@ def _cached(
     else:
         # A unique name until it is complete: a killed or a second process can never leave or read half a file.
         scratch = folder / f"{uuid.uuid4().hex}.partial"
-        out = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.float32, shape=shape)
+        out = np.lib.format.open_memmap(scratch, mode="w+", dtype=dtype, shape=shape)
         try:
-            _compute(out, tokens, fill, budget, progress, what)
+            _compute(out, backbone, tokens, fill, budget, progress, what)
             out.flush()
             del out
             scratch.rename(path)
@@ -117,14 +136,26 @@ def _cached(
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def _compute(out: NDArray[np.float32], tokens: Tokens, fill: Fill, budget: int, progress: Progress, what: str) -> None:
+def _compute(
+    out: Floats,
+    backbone: Lanes[Backbone],
+    tokens: Tokens,
+    fill: Fill,
+    budget: int,
+    progress: Progress,
+    what: str,
+) -> None:
     lengths: Index = tokens.lengths.numpy()
-    done = 0
-    for rows in microbatches(lengths, budget):
+
+    def one(by: Backbone, rows: Index) -> int:
         ids = pad_sequence([tokens.ids[row] for row in rows], batch_first=True)
         mask = torch.from_numpy((np.arange(ids.shape[1])[None, :] < lengths[rows][:, None]).astype(np.int64))
-        fill(out, rows, ids, mask)
-        done += len(rows)
+        fill(by, out, rows, ids, mask)
+        return len(rows)
+
+    done, effort = 0, 2.0 * int(lengths.sum()) * 12 * backbone.first.width**2 * backbone.first.depth
+    for count in backbone.each(one, list(microbatches(lengths, budget)), effort):
+        done += count
         progress(what, done, len(lengths))
 
 

@@ -109,7 +109,7 @@ def result_text(config: Config) -> str:
     named = config.model_copy(update=parts)
     left_out: dict[str, bool | set[str]] = {
         "name": True,
-        "engine": {"cohort_size", "token_budget", "threads"},
+        "engine": {"cohort_size", "token_budget", "tune", "threads"},
         "evaluation": True,
         "frontier": True,
         "data": {"lazy"},

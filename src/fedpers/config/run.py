@@ -60,12 +60,16 @@ class ServerConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the work is cut and computed; but for `precision`, none of it changes results beyond float tolerance."""
+    """How the work is cut and computed; but for `precision` and `prefix`, none of it changes results beyond float
+    tolerance.
+    """
 
     cohort_size: int = Field(64, ge=1)  # clients that train together
     token_budget: int = Field(2048, ge=512)  # padded tokens of one pass
-    threads: int = Field(2, ge=1)
+    tune: bool = False  # choose these two by measurement before the first round; kept for when the run is resumed
+    threads: int = Field(2, ge=1)  # passes that go on beside each other
     precision: Literal["fp32", "bf16"] = "fp32"  # of products with frozen weights in the adapted blocks
+    prefix: Literal["fp32", "fp16"] = "fp32"  # how the hidden states below the adapted blocks are kept
 
 
 class EvaluationConfig(Section):

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpers.cohort.batching import Index, microbatches
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.personal_store import PersonalStore
@@ -74,7 +75,8 @@ def measure(
 ) -> dict[str, PerRecord]:
     """Return every kind's metrics on every test record, in the order of users and of their test rows.
 
-    All kinds are measured on one cohort before the next, so that contexts are held of one cohort at a time.
+    All kinds are measured on one cohort before the next, and on one pass before the next, so that contexts are held of
+    one pass at a time; kinds that encode alike share them.
     """
     model.present(users)
     found: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in kinds}
@@ -82,18 +84,46 @@ def measure(
         members = list(users[start : start + cohort])
         held = [model.examples.test[user] for user in members]
         rows, owned = np.concatenate(held), np.repeat(np.arange(len(members)), [len(one) for one in held])
-        contexts: dict[str, Tensor] = {}
+        alike: dict[str, list[str]] = {}
         for name, kind in kinds.items():
-            owners = np.zeros_like(owned) if kind.common else owned
-            model.load(kind.parameters(members[:1] if kind.common else members))
-            if kind.adapter not in contexts:
-                contexts[kind.adapter] = model.all_contexts(rows, owners)
-            with torch.no_grad():
-                found[name].append(model.metrics(contexts[kind.adapter], rows, torch.from_numpy(owners)))
+            alike.setdefault(kind.adapter, []).append(name)
+        for names in alike.values():
+            for name, metrics in _measured(model, {n: kinds[n] for n in names}, members, rows, owned).items():
+                found[name].append(metrics)
     return {
         name: {metric: torch.cat([part[metric] for part in parts]).double().numpy() for metric in parts[0]}
         for name, parts in found.items()
     }
+
+
+def _measured(
+    model: CohortModel, kinds: Mapping[str, Kind], members: list[int], rows: Index, owned: Index
+) -> dict[str, dict[str, Tensor]]:
+    """Return the metrics of kinds that encode alike on a cohort's rows."""
+    weights = {n: kind.parameters(members[:1] if kind.common else members) for n, kind in kinds.items()}
+    owners = {name: torch.from_numpy(np.zeros_like(owned) if kind.common else owned) for name, kind in kinds.items()}
+    first = next(iter(kinds))
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in kinds}
+    parts = list(microbatches(model.lengths[rows], model.budget))
+
+    def one(by: CohortModel, part: Index) -> dict[str, Mapping[str, Tensor]]:
+        here = torch.from_numpy(part)
+        with torch.no_grad():
+            by.load(weights[first])
+            contexts = by.contexts(rows[part], owners[first][here])
+            metrics = {}
+            for name in kinds:
+                by.load(weights[name])
+                metrics[name] = by.metrics(contexts, rows[part], owners[name][here])
+        return metrics
+
+    effort = model.effort(int(model.lengths[rows].sum())) / 2
+    for part, metrics in zip(parts, model.lanes.each(one, parts, effort), strict=True):
+        for name, values in metrics.items():
+            for metric, value in values.items():
+                whole = found[name].setdefault(metric, value.new_empty(len(rows)))
+                whole[torch.from_numpy(part)] = value
+    return found
 
 
 def per_user(task: Task, records: PerRecord, examples: Examples, users: Sequence[int]) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,14 @@ class Backbone:
         self.model.requires_grad_(False)
         self.width: int = config.hidden_size
         self._parent, self._attribute, self.blocks = _stack(self.model, name)
+
+    def shared(self) -> Iterator[Any]:
+        """Yield what copies need not have of their own."""
+        yield from (self.tokenizer, self.model.config, *self.model.parameters(), *self.model.buffers())
+
+    def twin(self) -> Backbone:
+        """Return a copy for another thread, with the same weights."""
+        return copy.deepcopy(self, {id(one): one for one in self.shared()})
 
     @property
     def depth(self) -> int:
