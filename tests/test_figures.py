@@ -17,6 +17,8 @@ from fedpers.figures.frontier import FrontierCell, frontier
 from fedpers.figures.gain import per_user_gain
 from fedpers.figures.style import new_figure, save
 
+pytestmark = pytest.mark.pictures
+
 CLAIM = (
     "(ε = 2.0, δ = 1e-05) per record, add/remove one, against the server and the other users; "
     "excludes metrics read by the simulator"

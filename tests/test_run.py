@@ -27,6 +27,8 @@ from fedpers.reporting import Reporter
 from fedpers.run_directory import export_public
 from fedpers.simulation import Run, load, simulate
 
+pytestmark = pytest.mark.pictures
+
 USER = {"unit": "user", "epsilon": 8, "delta": 1e-3, "clip": 1.0}
 FEDPER: dict[str, Any] = {"method": "fedper", "privacy": USER, "engine": {"threads": 1}}
 PLAIN: dict[str, Any] = {"rounds": 1, "engine": {"threads": 1}, "evaluation": {"every": 0}}

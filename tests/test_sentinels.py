@@ -48,6 +48,8 @@ from fedpers.reporting import PlainReporter, Reporter
 from fedpers.run_directory import RunDirectory, export_public
 from fedpers.simulation import Run, simulate
 
+pytestmark = pytest.mark.pictures
+
 Rows = dict[str, NDArray[np.float32]]  # personal state by array name, (users, out, in)
 USERS = 6
 NUMBER = 91734.27  # a personal number that no shared one comes near

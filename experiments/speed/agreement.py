@@ -32,7 +32,8 @@ from fedpers.config import TrainConfig
 from fedpers.experiment import build_model, prepare
 from fedpers.reporting import Reporter
 
-TOLERANCE = 1e-5
+# PyTorch's softmax over 49,152 words is off by 2e-5 of float64 in fp32 where fedpers, in chunks, is off by 2e-6.
+TOLERANCE = {"reply": 1e-5, "next": 1e-4}
 HERE = Path(__file__).parent
 
 
@@ -117,8 +118,9 @@ def main() -> None:
             epoch, _ = difference(reference, found, "epoch.")
             print(f"{script + ' ' + mode:24s} {sums:16.1e} {largest:9.2f} {epoch:17.1e}", flush=True)
             worst = max(worst, sums / max(1.0, largest), epoch)
-    if worst > TOLERANCE:
-        raise SystemExit(f"the largest difference is {worst:.1e}, above {TOLERANCE:.0e}")
+    tolerance = TOLERANCE[workload.settings.task]
+    if worst > tolerance:
+        raise SystemExit(f"the largest difference is {worst:.1e}, above {tolerance:.0e}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from fedpers.personalize import fit_at_home, newcomer_plan
 from fedpers.plan import Plan
 from fedpers.privacy.randomness import seed_key
 from fedpers.reporting import Reporter
+from fedpers.tasks.base import Task
 
 COUNTS = (0, 1, 2, 4, 8, 16, 32)
 KINDS = ("own", "local")
@@ -99,9 +100,7 @@ def cold_start(
         "shared": evaluation.common(model, run.shared, "shared"), "zero_shot": evaluation.common(model, {}, "initial"),
     }  # fmt: skip
     people = range(len(federation.users))
-    values = {
-        kind: _values(model, found, task.metric) for kind, found in evaluation.measure(model, people, fixed).items()
-    }
+    values = _values(task, evaluation.measure(model, people, fixed))
     rows: list[dict[str, object]] = []
     points = []
     for done, count in enumerate(sorted(set(counts))):
@@ -110,7 +109,7 @@ def cold_start(
             "own": _fitted(run, plan, model, count, run.wire, f"own{count}"),
             "local": _fitted(run, local, model, count, {}, f"local{count}"),
         }
-        found = {k: _values(model, one, task.metric) for k, one in evaluation.measure(model, people, kinds).items()}
+        found = _values(task, evaluation.measure(model, people, kinds))
         rows += [
             {"user": user, "records": count, "kind": kind, task.metric: float(value)}
             for kind in KINDS for user, value in enumerate(found[kind])
@@ -165,9 +164,9 @@ def _fitted(run: Finished, plan: Plan, model: CohortModel, count: int, start: Ar
     return evaluation.Kind(lambda users: {name: value[users].clone() for name, value in whole.items()}, label)
 
 
-def _values(model: CohortModel, records: evaluation.PerRecord, metric: str) -> Floats:
-    people = range(len(model.examples.users))
-    return np.array([one[metric] for one in evaluation.per_user(model.task, records, model.examples, people)])
+def _values(task: Task, found: evaluation.Found) -> dict[str, Floats]:
+    """Return the task's headline metric of each user, by kind."""
+    return {kind: np.array([one[task.metric] for one in found.per_user(task, kind)]) for kind in found.kinds}
 
 
 def _point(

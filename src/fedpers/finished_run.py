@@ -296,10 +296,8 @@ def model_over(
 
 def measure(model: CohortModel, kinds: Mapping[str, evaluation.Kind]) -> list[Measured]:
     """Measure models on the one user's test records."""
-    found = evaluation.measure(model, [0], kinds)
-    task, examples = model.task, model.examples
-    metrics = [evaluation.per_user(task, records, examples, [0])[0] for records in found.values()]
-    return [Measured(len(examples.test[0]), task.metric, one) for one in metrics]
+    found, task = evaluation.measure(model, [0], kinds), model.task
+    return [Measured(found.test[0], task.metric, found.per_user(task, kind)[0]) for kind in kinds]
 
 
 def nothing_released(run: Finished) -> Guarantee:

@@ -143,8 +143,6 @@ def _measure(experiment: Experiment, clients: Clients, shared: Arrays) -> dict[s
         kinds["own"] = evaluation.own(clients, shared, clients.store)
     found = evaluation.measure(clients.model, users, kinds)
     return {
-        f"{kind}_{task.metric}": float(
-            np.mean([user[task.metric] for user in evaluation.per_user(task, r, clients.model.examples, users)])
-        )
-        for kind, r in found.items()
+        f"{kind}_{task.metric}": float(np.mean([user[task.metric] for user in found.per_user(task, kind)]))
+        for kind in kinds
     }

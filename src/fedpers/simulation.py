@@ -141,7 +141,7 @@ def simulate(
     found = evaluation.measure(model, users, kinds)
 
     task = experiment.task
-    table = users_table(evaluation.rows(task, found, model.examples, users, config.seed), task.columns)
+    table = users_table(evaluation.rows(task, found, config.seed), task.columns)
     rounds = pa.Table.from_pylist(history, schema=rounds_schema(task.metric))
     write_table(table, directory.path / "users.parquet")
     write_table(rounds, directory.path / "rounds.parquet")
@@ -194,7 +194,6 @@ def _train_at_home(
     """Run what follows the last release, for the method and the local-only baseline; returns the models to measure."""
     model, plan = clients.model, experiment.plan
     users, everybody = experiment.measured, len(experiment.examples.users)
-    model.present(users)
 
     def train_all(who: Clients, start: Arrays, rounds: PersonalStore | None, name: str) -> PersonalStore:
         store = directory.fresh_store(name, everybody, model.initial_of(who.plan.personal))

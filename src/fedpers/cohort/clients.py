@@ -167,7 +167,9 @@ class Clients:
         self, users: Sequence[int], shared: Arrays, personal: PersonalStore | None
     ) -> Iterator[tuple[list[int], Parameters]]:
         """Train at home after the last release; yields cohorts and their own models, as `own` does."""
-        for cohort, visit in self._at_home(users, shared, personal):
+        for cohort in self._cohorts(users):
+            self.model.present(cohort, keep=True)
+            ((_, visit),) = self._at_home(cohort, shared, personal)
             before = clone(visit.local)
             for index, phase in enumerate(self.plan.finish):
                 self._train(visit, cohort, phase, ("finish", index), at_home=True)

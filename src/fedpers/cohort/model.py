@@ -106,7 +106,8 @@ class CohortModel(nn.Module):
                 backbone.check_split(self.layer)
         self._present: tuple[int, ...] | None = None
         # Frozen features come first: they are computed on the plain backbone.
-        self._take_up(examples, progress, donor)
+        # Of a large federation these are a few people to try things on.
+        self._take_up(examples, progress, donor, keep=records_of is None)
         layers: dict[str, Layer] = self._adapt(config, expand(extra)) if adapt else {}
         self.head = task.head(backbone.width)
         for name, layer in to_cohort(self.head, self.owners).items():
@@ -125,10 +126,11 @@ class CohortModel(nn.Module):
         inputs = self.task.tokenize(self.backbone, examples, self.max_tokens)
         return inputs, self.backbone.tokenize(examples.texts, self.max_tokens)
 
-    def present(self, users: Sequence[int]) -> None:
+    def present(self, users: Sequence[int], keep: bool = False) -> None:
         """Have the records of these users, by position, at hand; nothing has to be done where everybody's are.
 
-        Rows are then those of `examples` as it is now, and the records of others are gone.
+        Rows are then those of `examples` as it is now, and the records of others are gone. With `keep` what the frozen
+        backbone makes of them stays in the cache on disk: for people who are asked for again.
         """
         if self.records_of is None or self._present == tuple(users):
             return
@@ -141,17 +143,18 @@ class CohortModel(nn.Module):
             with_kwargs=True,
         )
         try:
-            self._take_up(examples, lambda what, done, total: None)
+            self._take_up(examples, lambda what, done, total: None, keep=keep)
         finally:
             first.remove()
         self._present = tuple(users)
 
-    def _take_up(self, examples: Examples, progress: Progress, donor: CohortModel | None = None) -> None:
+    def _take_up(
+        self, examples: Examples, progress: Progress, donor: CohortModel | None = None, keep: bool = True
+    ) -> None:
         """Compute what the frozen backbone makes of these records."""
         budget = self.budget
         self.lanes.forget()
         backbone = Lanes(self.backbone, Backbone.twin, self.lanes.count)
-        keep = self.records_of is None  # on disk; what is made anew for each round would crowd out the rest
         self.examples = examples
         self.inputs: Tokens
         self.texts: Tokens

@@ -16,10 +16,28 @@ from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.plan import Plan, encodes
 from fedpers.privacy.randomness import generator
-from fedpers.tasks.base import Examples, Task
+from fedpers.tasks.base import Task
 
 Arrays = Mapping[str, NDArray[np.float32]]
 PerRecord = dict[str, NDArray[np.float64]]  # metric -> (records,)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured on the test records of some users, one user's after another's."""
+
+    users: tuple[int, ...]  # positions
+    train: tuple[int, ...]  # (users,) how many training records they have
+    test: tuple[int, ...]  # (users,) how many test records
+    kinds: Mapping[str, PerRecord]
+
+    def per_user(self, task: Task, kind: str) -> list[dict[str, float]]:
+        """Return the task's metrics of one kind for each user."""
+        edges = np.cumsum([0, *self.test])
+        return [
+            task.of_user({metric: values[edges[i] : edges[i + 1]] for metric, values in self.kinds[kind].items()})
+            for i in range(len(self.users))
+        ]
 
 
 @dataclass(frozen=True)
@@ -70,19 +88,21 @@ def swapped(kind: Kind, partner: Mapping[int, int] | Sequence[int]) -> Kind:
     return Kind(lambda users: kind.parameters([partner[user] for user in users]), adapter)
 
 
-def measure(
-    model: CohortModel, users: Sequence[int], kinds: Mapping[str, Kind], cohort: int = 64
-) -> dict[str, PerRecord]:
+def measure(model: CohortModel, users: Sequence[int], kinds: Mapping[str, Kind], cohort: int = 64) -> Found:
     """Return every kind's metrics on every test record, in the order of users and of their test rows.
 
-    All kinds are measured on one cohort before the next, and on one pass before the next, so that contexts are held of
-    one pass at a time; kinds that encode alike share them.
+    All kinds are measured on one cohort before the next, and those that encode alike on one pass before the next. So
+    contexts are held of one pass at a time, and records that are made when they are needed of one cohort.
     """
-    model.present(users)
+    train: list[int] = []
+    test: list[int] = []
     found: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in kinds}
     for start in range(0, len(users), cohort):
         members = list(users[start : start + cohort])
+        model.present(members, keep=True)
         held = [model.examples.test[user] for user in members]
+        train += [len(model.examples.train[user]) for user in members]
+        test += [len(one) for one in held]
         rows, owned = np.concatenate(held), np.repeat(np.arange(len(members)), [len(one) for one in held])
         alike: dict[str, list[str]] = {}
         for name, kind in kinds.items():
@@ -90,10 +110,11 @@ def measure(
         for names in alike.values():
             for name, metrics in _measured(model, {n: kinds[n] for n in names}, members, rows, owned).items():
                 found[name].append(metrics)
-    return {
+    joined = {
         name: {metric: torch.cat([part[metric] for part in parts]).double().numpy() for metric in parts[0]}
         for name, parts in found.items()
     }
+    return Found(tuple(users), tuple(train), tuple(test), joined)
 
 
 def _measured(
@@ -126,38 +147,27 @@ def _measured(
     return found
 
 
-def per_user(task: Task, records: PerRecord, examples: Examples, users: Sequence[int]) -> list[dict[str, float]]:
-    """Return the task's metrics of each user's records; one dictionary per user."""
-    edges = np.cumsum([0, *(len(examples.test[user]) for user in users)])
-    return [
-        task.of_user({metric: values[edges[i] : edges[i + 1]] for metric, values in records.items()})
-        for i in range(len(users))
-    ]
-
-
 def shared_metrics(clients: Clients, users: Sequence[int], shared: Arrays) -> list[dict[str, float]]:
     """Metrics of the shared model for each user."""
     found = measure(clients.model, users, {"global": common(clients.model, clients.layout.common(shared), "shared")})
-    return per_user(clients.model.task, found["global"], clients.model.examples, users)
+    return found.per_user(clients.model.task, "global")
 
 
-def rows(
-    task: Task, found: Mapping[str, PerRecord], examples: Examples, users: Sequence[int], seed: int
-) -> list[dict[str, int | float | str]]:
+def rows(task: Task, found: Found, seed: int) -> list[dict[str, int | float | str]]:
     """Return the rows of the users table: a row per user and kind."""
     table: list[dict[str, int | float | str]] = []
-    edges = np.cumsum([0, *(len(examples.test[user]) for user in users)])
-    for kind, records in found.items():
-        only_own, only_other = _one_is_better(found["own"], records)
-        for place, (user, metrics) in enumerate(zip(users, per_user(task, records, examples, users), strict=True)):
+    edges = np.cumsum([0, *found.test])
+    for kind, records in found.kinds.items():
+        only_own, only_other = _one_is_better(found.kinds["own"], records)
+        for place, (user, metrics) in enumerate(zip(found.users, found.per_user(task, kind), strict=True)):
             part = slice(edges[place], edges[place + 1])
             table.append(
                 {
                     "seed": seed,
                     "user": user,
                     "kind": kind,
-                    "test_records": len(examples.test[user]),
-                    "train_records": len(examples.train[user]),
+                    "test_records": found.test[place],
+                    "train_records": found.train[place],
                     **metrics,
                     "only_own": int(only_own[part].sum()),
                     "only_other": int(only_other[part].sum()),
