@@ -15,8 +15,8 @@ help: ## print these lines
 quickstart: $(INSTALLED) ## install, then run configs/quickstart.yaml
 	$(BIN)/fedpers run configs/quickstart.yaml
 
-test: $(INSTALLED) ## install, then run all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## install, then run all tests, two at a time
+	$(BIN)/python -m pytest -n 2
 
 test-fast: $(INSTALLED) ## install, then run the tests that need no real model and no network
 	$(BIN)/python -m pytest -n 2 -m "not slow"

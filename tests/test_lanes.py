@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SECRET, Command
+from fedpers.audit.probe import probe as audit
 from fedpers.cohort import lanes
 from fedpers.cohort.gradients import Gradients
 from fedpers.cohort.lanes import Lanes, passes
@@ -95,6 +96,22 @@ def test_two_lanes_give_what_one_gives(
         ours, theirs = (found.users[column].to_numpy() for found in (one, two))
         np.testing.assert_allclose(ours, theirs, atol=1e-2 if name == "bf16" else 1e-4)
     assert one.claim.label() == two.claim.label()
+
+
+@pytest.mark.parametrize("changes", [{"privacy": RECORD}, {"method": "fedper", "privacy": {"unit": "none"}}], ids=str)
+def test_all_that_makes_it_fast_gives_what_the_plain_road_gives(
+    tiny: Callable[..., Config], tmp_path: Path, shared_out: set[str], changes: dict[str, Any]
+) -> None:
+    """One client after the other in one thread, against everybody mixed in two, tuned, with records on demand."""
+    several = {"data": {"users": 12}, "evaluation": {"users": 6}}
+    plain = run(tiny, tmp_path / "plain", 1, engine={"cohort_size": 1}, **several, **changes)
+    engine = {"cohort_size": 64, "token_budget": 2048, "tune": True}
+    lazy = {**several, "data": {"users": 12, "lazy": True}}
+    fast = run(tiny, tmp_path / "fast", 2, engine=engine, **lazy, **changes)
+    for array, value in plain.shared.items():
+        np.testing.assert_allclose(fast.shared[array], value, atol=1e-4, err_msg=array)
+    np.testing.assert_allclose(fast.users["loss"].to_numpy(), plain.users["loss"].to_numpy(), atol=1e-4)
+    assert shared_out
 
 
 def test_of_a_language_model_too(
@@ -180,6 +197,18 @@ WRONG = {
         "                max_grad_norm=given.clip if model is self._lanes[0] else 1e9,",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "engine", [{"precision": "bf16"}, {"prefix": "fp16"}, {"threads": 2, "cohort_size": 64}], ids=str
+)
+@pytest.mark.parametrize("unit", ["record", "user"])
+def test_the_probe_holds_with_each_optimization(
+    tiny: Callable[..., Config], shared_out: set[str], engine: dict[str, Any], unit: str
+) -> None:
+    found = audit(tiny(privacy={**RECORD, "unit": unit}, engine=engine, local={"batch_size": 8}, rounds=3))
+    assert {f"sensitivity of one {unit}", "noise", "fresh noise", "accounting"} <= {one.name for one in found}
+    assert {one.verdict for one in found} == {"consistent"}
 
 
 @pytest.mark.parametrize("name", ["honest", *WRONG])

@@ -1,6 +1,6 @@
 """Time fedpers and its peers in turns, A B C A B C, and write a table, its JSON and a figure.
 
-    python experiments/speed/run.py OUT [--ray PYTHON] [--pfl PYTHON] [--layers 2 6] [--repeats 2] [--threads 2]
+    python experiments/speed/run.py OUT [--ray PYTHON] [--pfl PYTHON] [--workloads 1 2 3] [--repeats 2] [--threads 2]
 
 OUT is a private folder: the workloads in it hold real people's texts as token ids. Every process runs one round to
 warm up and one that is timed. A peer without its Python is left out and named. The table goes to OUT/table.md.
@@ -16,20 +16,46 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from figure import draw
-from workload import Workload, load
+from workload import IGNORED, Workload, load
 
 HERE = Path(__file__).parent
 ROUNDS = 10  # of a simulation, over which what is computed once is spread
-WIDTH = 384  # of MiniLM
 Found = Mapping[str, Any]
 
 
-def contestants(args: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
+@dataclass(frozen=True)
+class Size:
+    """What the workload file is made of, and what its products with frozen weights are."""
+
+    task: str
+    layers: int  # with an adapter
+    users: int
+    title: str
+    width: int
+    into: int  # weights of query, key and value of one block
+    rest: int  # weights of its other products
+    words: int = 0  # of the vocabulary, where there is one to predict
+
+
+MINILM = {"width": 384, "into": 3 * 384**2, "rest": 9 * 384**2}
+SMOLLM = {"width": 576, "into": 576 * (576 + 2 * 192), "rest": 576 * (576 + 3 * 1536), "words": 49_152}
+WORKLOADS = {
+    1: Size("reply", 2, 64, "MiniLM ranks replies, adapters in the top 2 of 6 layers, 64 people", **MINILM),
+    2: Size("reply", 6, 64, "MiniLM ranks replies, adapters in all 6 layers, 64 people", **MINILM),
+    3: Size(
+        "next", 1, 30, "SmolLM2-135M writes the next message, adapters in the top 1 of 30 layers, 30 people", **SMOLLM
+    ),
+}
+
+
+def contestants(args: argparse.Namespace, number: int) -> Iterator[tuple[str, str, list[str]]]:
     """Yield name, kind of protection and command of everything that is timed."""
     two = ["--threads", str(args.threads)]
     for kind, mode, theirs in (("dp", "dp", "hooks"), ("none", "none", "none")):
@@ -37,45 +63,60 @@ def contestants(args: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]
         yield "one process", kind, [sys.executable, "sequential.py", "--mode", theirs, *two]
     if args.ray:  # one thread in each of as many actors was faster than the other way round
         yield "Flower on Ray", "dp", [args.ray, "flower_ray.py", "--mode", "hooks", "--threads", "1"]
-    if args.pfl:
+    if args.pfl and number == 1:  # it evaluates everybody before its first round, which takes minutes
         yield "pfl", "none", [args.pfl, "pfl_peer.py", *two]
 
 
-def time_all(args: argparse.Namespace, layers: int, workload: Path) -> dict[tuple[str, str], list[Found]]:
+def time_all(args: argparse.Namespace, number: int, workload: Path) -> dict[tuple[str, str], list[Found]]:
     """Run everything in turns; returns what each wrote."""
     found: dict[tuple[str, str], list[Found]] = defaultdict(list)
     for turn in range(args.repeats):
-        for name, kind, (python, script, *options) in contestants(args):
-            out = args.out / f"{layers}-{name.replace(' ', '-')}-{kind}-{turn}.json"
+        for name, kind, (python, script, *options) in contestants(args, number):
+            out = args.out / f"{number}-{name.replace(' ', '-')}-{kind}-{turn}.json"
             if not out.exists():  # so that an interrupted comparison goes on
                 command = [python, str(HERE / script), "--workload", str(workload), "--out", str(out), *options]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                with out.with_suffix(".log").open("w", encoding="utf-8") as log:  # Flower and Ray say much
+                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=log)
             found[name, kind].append(json.loads(out.read_text(encoding="utf-8")))
-            print(f"{layers} layers, turn {turn + 1}: {name} ({kind}) {found[name, kind][-1]['rounds']}", flush=True)
+            seconds = found[name, kind][-1]["rounds"]
+            print(f"workload {number}, turn {turn + 1}: {name} ({kind}) {seconds}", flush=True)
     return found
 
 
-def product_rate(threads: int, rows: int = 2048, seconds: float = 2.0) -> float:
-    """Return the FLOP a second of this machine's fp32 products with MiniLM's widest layer, best of many."""
-    torch.set_num_threads(threads)
-    x, weight = torch.randn(rows, WIDTH), torch.randn(4 * WIDTH, WIDTH)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - began)
-    return 2 * rows * WIDTH * 4 * WIDTH / best
+def product_rate(threads: int, width: int, rows: int = 2048, seconds: float = 4.0) -> float:
+    """Return the FLOP a second of this machine's fp32 products with a block's widest layer.
+
+    Products on all threads go on beside each other, one on each, as was never slower than one on all of them.
+    """
+    torch.set_num_threads(1)
+    flop = 2 * rows * width * 4 * width
+
+    def one(_: int) -> float:
+        torch.set_num_threads(1)
+        x, weight = torch.randn(rows, width), torch.randn(4 * width, width)
+        best, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            began = time.perf_counter()
+            for _ in range(5):
+                torch.nn.functional.linear(x, weight)
+            best = min(best, (time.perf_counter() - began) / 5)
+        return flop / best
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(one, range(threads)))
 
 
-def necessary(workload: Workload) -> float:
+def necessary(workload: Workload, size: Size) -> float:
     """Return the FLOP of a round's products with frozen weights over real tokens alone.
 
-    A block has 12 d^2 of them (query, key, value, output, and 4 d each way). Forward through the adapted blocks, and
-    backward through all of them, but in the lowest not into its query, key and value.
+    Forward through the adapted blocks, and backward through all of them, but in the lowest not into its query, key and
+    value. Of a language model also the scores of all words for each token to predict, and their gradient.
     """
-    tokens = sum(int(batch.mask.sum()) for batches in workload.clients for batch in batches)
-    forward, backward = 12 * workload.settings.layers, 12 * workload.settings.layers - 3
-    return 2.0 * tokens * (forward + backward) * WIDTH**2
+    batches = [batch for client in workload.clients for batch in client]
+    tokens = sum(int(batch.mask.sum()) for batch in batches)
+    predicted = sum(int((batch.targets != IGNORED).sum()) for batch in batches) if size.words else 0
+    blocks = 2 * size.layers * (size.into + size.rest) - size.into
+    return 2.0 * (tokens * blocks + 2 * predicted * size.words * size.width)
 
 
 def rows_of(found: Mapping[tuple[str, str], Sequence[Found]]) -> list[dict[str, Any]]:
@@ -102,10 +143,10 @@ def rows_of(found: Mapping[tuple[str, str], Sequence[Found]]) -> list[dict[str, 
     return rows
 
 
-def table(layers: int, rows: Sequence[Mapping[str, Any]], work: float, rate: float) -> str:
+def table(size: Size, rows: Sequence[Mapping[str, Any]], work: float, rate: float) -> str:
     """Return a table in Markdown."""
     lines = [
-        f"**Adapters in the top {layers} of 6 layers**; products {rate / 1e9:.0f} GFLOP/s at best.",
+        f"**{size.title}**: {work / 1e12:.2f} TFLOP of necessary products; products at best {rate / 1e9:.0f} GFLOP/s.",
         "",
         "| | DP | s a round | CPU s | once, s | peak MB | "
         f"over {ROUNDS} rounds fedpers is faster by | of the best rate |",
@@ -131,7 +172,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--ray", help="Python with flwr[simulation]; see README.md beside this file")
     parser.add_argument("--pfl", help="Python with pfl[pytorch]")
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
+    parser.add_argument("--workloads", type=int, nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -139,14 +180,15 @@ def main() -> None:
     for missing in (name for name in ("ray", "pfl") if not getattr(args, name)):
         print(f"--{missing} is not given: that peer is left out")
     texts, drawn = [], {}
-    for layers in args.layers:
-        path = args.out / f"workload-{layers}"
+    for number in args.workloads:
+        size, path = WORKLOADS[number], args.out / f"workload-{number}"
         if not path.exists():
-            command = [sys.executable, str(HERE / "workload.py"), str(path), "--layers", str(layers)]
-            subprocess.run(command, check=True)
-        rate = product_rate(args.threads)
-        drawn[layers] = rows_of(time_all(args, layers, path))
-        texts.append(table(layers, drawn[layers], necessary(load(path)), max(rate, product_rate(args.threads))))
+            options = ["--task", size.task, "--layers", str(size.layers), "--users", str(size.users)]
+            subprocess.run([sys.executable, str(HERE / "workload.py"), str(path), *options], check=True)
+        rate = product_rate(args.threads, size.width)
+        drawn[size.title] = rows_of(time_all(args, number, path))
+        rate = max(rate, product_rate(args.threads, size.width))
+        texts.append(table(size, drawn[size.title], necessary(load(path), size), rate))
     (args.out / "table.md").write_text("\n".join(texts), encoding="utf-8")
     (args.out / "table.json").write_text(json.dumps(drawn, indent=2) + "\n", encoding="utf-8")
     draw(drawn, args.out / "speed.png")

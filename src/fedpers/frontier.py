@@ -15,17 +15,11 @@ from fedpers.figures.frontier import FrontierCell, frontier
 from fedpers.privacy.claim import Claim, rounded_up
 from fedpers.privacy.forecast import Forecast
 from fedpers.privacy.ledger import Ledger
-from fedpers.privacy.randomness import derive, secret_key
+from fedpers.privacy.levels import unprotected, with_own_secret
 from fedpers.privacy.spending import composed
 
 # a run's claim, its summary (or the part of it that `summarize` makes), and the forecast if one was asked for
 Outcome = tuple[Claim, dict[str, Any], Forecast | None]
-
-
-_NOISE_OFF = {  # what says how noise is used; a cell without privacy has none
-    "adaptive": None, "mechanism": "gaussian", "noise_multiplier": None, "stop": "rounds", "schedule": "constant",
-    "population": None, "head": "method",
-}  # fmt: skip
 
 
 def cells(config: Config) -> dict[str, Config]:
@@ -39,16 +33,15 @@ def cells(config: Config) -> dict[str, Config]:
     for method in config.frontier.methods:
         for epsilon in config.frontier.epsilons:
             name = f"{method}-eps-{'inf' if math.isinf(epsilon) else format(epsilon, 'g')}"
-            private: dict[str, Any] = {"epsilon": epsilon}
             if math.isinf(epsilon):
-                private |= {"unit": "none", "trust": None, "clip": None, **_NOISE_OFF}
+                privacy = unprotected(config.privacy)
             elif config.privacy.unit == "none":
                 raise ConfigError(
                     "frontier.epsilons: finite values need privacy.unit record or user, and privacy.clip."
                 )
-            if config.privacy.secret is not None:
-                private["secret"] = derive(secret_key(config.privacy.secret), "cell", name).hex()
-            privacy = config.privacy.model_copy(update=private)
+            else:
+                privacy = config.privacy.model_copy(update={"epsilon": epsilon})
+            privacy = with_own_secret(privacy, name)
             options = config.options if method == config.method else {}  # they are the main method's own
             found[name] = config.model_copy(
                 update={"method": method, "options": options, "share": share, "privacy": privacy, "frontier": None}

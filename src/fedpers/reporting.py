@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 class Reporter:
     """Base: says nothing."""
 
-    def stage(self, what: str, done: int, total: int) -> None:
-        """Report progress of a stage; called again with a larger `done`."""
+    def stage(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Report progress of a stage, with a note beside a bar; called again with a larger `done`."""
 
     def message(self, text: str) -> None:
         """Report one line."""
@@ -33,7 +33,7 @@ class PlainReporter(Reporter):
         self.console = console
         self._started: dict[str, float] = {}
 
-    def stage(self, what: str, done: int, total: int) -> None:
+    def stage(self, what: str, done: int, total: int, note: str = "") -> None:
         """Print when a stage starts and when it ends."""
         if what not in self._started:
             self._started[what] = time.monotonic()

@@ -7,7 +7,7 @@ products lie many small operations, over which threads only wait for each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
@@ -58,7 +58,9 @@ class Lanes(Generic[Model]):
         """Do `work` of 0, 1, ... count - 1 at the same time; returns what it gives in that order."""
         if count < 2:
             return [work(lane) for lane in range(count)]
-        return list(self._threads().map(work, range(count)))
+        running = [self._threads().submit(work, lane) for lane in range(count)]
+        wait(running)  # also where one breaks: nobody may work on while the caller cleans up
+        return [one.result() for one in running]
 
     def each(self, work: Callable[[Model, Item], Found], items: Sequence[Item], effort: float) -> Iterator[Found]:
         """Yield what `work` makes of each item, in the order of items, whichever lane it is done by.

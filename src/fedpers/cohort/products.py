@@ -44,7 +44,8 @@ class RoundedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight16 = weight.detach().bfloat16().contiguous()  # (out, in)
+        self.weight16: Tensor
+        self.register_buffer("weight16", weight.detach().bfloat16().contiguous(), persistent=False)  # (out, in)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:

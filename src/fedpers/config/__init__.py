@@ -2,7 +2,7 @@
 
 from fedpers.config.base import ALIASES, FAMILIES, FAMILY, GROUPS, PLAIN, Family, expand, spoken
 from fedpers.config.data import ColumnsConfig, DataConfig, LampConfig, PartitionConfig, TaskConfig
-from fedpers.config.load import dump_config, load_config, parse_config, result_text
+from fedpers.config.load import assign, dump_config, load_config, override, parse_config, read_tree, result_text
 from fedpers.config.privacy import TRUSTS, Epsilon, HeadPolicy, PrivacyConfig, Trust, Unit
 from fedpers.config.run import AdapterConfig, Config, EvaluationConfig, LearningRates, TrainConfig
 
@@ -29,10 +29,13 @@ __all__ = [
     "TrainConfig",
     "Trust",
     "Unit",
+    "assign",
     "dump_config",
     "expand",
     "load_config",
+    "override",
     "parse_config",
+    "read_tree",
     "result_text",
     "spoken",
 ]

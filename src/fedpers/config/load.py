@@ -21,24 +21,26 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: no such file, broken YAML, unknown key, or a value that is not allowed.
     """
-    tree: Any = {}
-    where = "configuration"
-    if path is not None:
-        path = Path(path)
-        where = f"{path} with overrides" if overrides else str(path)
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)  # a line number; the line itself may hold the secret
-            place = f", line {mark.line + 1}" if mark is not None else ""
-            raise ConfigError(f"{path}{place}: not valid YAML; mend it there.") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}.")
-    for override in overrides:
-        _override(tree, override)
+    tree = {} if path is None else read_tree(Path(path))
+    for text in overrides:
+        override(tree, text)
+    where = "configuration" if path is None else f"{Path(path)} with overrides" if overrides else str(Path(path))
     return parse_config(tree, where)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a YAML file into nested dictionaries; raises ConfigError, which quotes nothing of it."""
+    try:
+        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)  # a line number; the line itself may hold the secret
+        place = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{place}: not valid YAML; mend it there.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}.")
+    return tree
 
 
 def parse_config(tree: Any, where: str = "configuration") -> Config:
@@ -50,21 +52,26 @@ def parse_config(tree: Any, where: str = "configuration") -> Config:
     raise ConfigError("; ".join(found))  # outside of except: the chained error would show its input
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def override(tree: dict[str, Any], text: str) -> None:
+    """Apply `key.path=value` to nested dictionaries; raises ConfigError for what is none, or has no place there."""
     key, equals, value = text.partition("=")
     shown = key if key.strip().startswith("privacy") else text  # the value may be the secret
     if not equals or not key.strip():
         raise ConfigError(f"override {shown!r}: expected key=value, for example privacy.epsilon=2.")
-    *parents, leaf = key.strip().split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {shown!r}: {parent!r} holds a value, not keys.")
     try:
-        node[leaf] = yaml.safe_load(value)
+        assign(tree, key.strip(), yaml.safe_load(value), f"override {shown!r}")
     except yaml.YAMLError:
         raise ConfigError(f"override {shown!r}: the value is not valid YAML.") from None
+
+
+def assign(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key in nested dictionaries; raises ConfigError if the way to it holds a value."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{where}: {parent!r} holds a value, not keys.")
+    tree[leaf] = value
 
 
 def _explain(item: dict[str, Any], where: str) -> str:
