@@ -152,7 +152,11 @@ def test_a_prefix_that_16_bits_cannot_hold_is_refused(tiny: Callable[..., Config
     backbone = Backbone(str(random_tiny_bert))
     with torch.no_grad():
         backbone.blocks[0].output.LayerNorm.weight.mul_(1e6)
-    lanes = Lanes(backbone, Backbone.twin, 1)
+    with pytest.raises(ConfigError, match=r"engine\.prefix=fp16: block 1 .* 65504"):
+        backbone.check_half(1)
+    # A record above that stops no run: it is cut to what can be held.
     tokens = backbone.tokenize(["a text"], config.data.max_tokens)
-    with pytest.raises(ConfigError, match=r"engine\.prefix=fp16: block 1 .* above 65504"):
-        Prefix(lanes, tokens, 1, 512, lambda what, done, total: None, keep=False, kept_as="fp16")
+    lanes = Lanes(backbone, Backbone.twin, 1)
+    kept = Prefix(lanes, tokens, 1, 512, lambda what, done, total: None, keep=False, kept_as="fp16")
+    assert np.isfinite(kept.flat).all()
+    assert np.abs(kept.flat).max() == np.finfo(np.float16).max

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from fedpers import simulation
 from fedpers.cohort import tuning
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.tuning import Choice, from_json, tune
 from fedpers.config import Config, result_text
-from fedpers.errors import RunDirectoryError
-from fedpers.experiment import build_model, prepare
+from fedpers.errors import PrivacyRefusal, RunDirectoryError
+from fedpers.experiment import build_model, identity, prepare
 from fedpers.reporting import Reporter
+from fedpers.run_directory import export_public
 from fedpers.simulation import simulate
 
 RECORD = {"unit": "record", "epsilon": 4, "delta": 1e-4, "clip": 0.05}
@@ -97,10 +98,37 @@ def test_what_is_given_stays_unless_something_is_clearly_faster(
     assert tuning._best({512: 0.96, 2048: 1.0}, 2048) == 2048
 
 
-def test_the_times_stay_private(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    simulate(tiny(privacy=RECORD, **TUNED), tmp_path / "run")
-    public = simulation.RunDirectory(tmp_path / "run")
-    kept = json.loads((public.private / "engine.json").read_text())
-    for path in (tmp_path / "run").rglob("*.json"):
-        if public.private not in path.parents:
-            assert str(next(iter(kept["budgets"].values()))) not in path.read_text()
+def test_what_was_chosen_stays_private(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In no configuration that an export of the run, or of a cell of its picture, holds."""
+    monkeypatch.setattr(simulation, "tune", lambda *_: Choice(1024, 3, {1024: 0.123456}, {3: 0.654321}))
+    user = {"unit": "user", "epsilon": 4, "delta": 1e-4, "clip": 0.05}
+    picture = {"methods": ["fedavg"], "epsilons": [2.0]}
+    run = simulate(tiny(method="fedavg", privacy=user, frontier=picture, **TUNED), tmp_path / "run")
+    assert run.config.engine.token_budget == 512
+    for place in (run.path, run.path / "frontier" / "fedavg-eps-2"):
+        out = tmp_path / f"public-{place.name}"
+        export_public(place, out)
+        engine = yaml.safe_load((out / "config.yaml").read_text())["engine"]
+        assert (engine["cohort_size"], engine["token_budget"], engine["tune"]) == (4, 512, True)
+        assert not any(b"0.123456" in file.read_bytes() for file in out.rglob("*") if file.is_file())
+    assert '"token_budget": 1024' in (run.path / "frontier" / "fedavg-eps-2" / "private" / "engine.json").read_text()
+
+
+def test_with_a_given_secret_what_is_rounded_is_not_cut_by_the_clock(tiny: Callable[..., Config]) -> None:
+    config = tiny(privacy=RECORD, engine={"tune": True, "prefix": "fp16"})
+    with pytest.raises(PrivacyRefusal, match=r"privacy\.secret with engine\.tune"):
+        build_model(prepare(config), Reporter())
+    cut = [tiny(privacy=RECORD, engine={"prefix": "fp16", "cohort_size": size}) for size in (2, 3)]
+    experiments = [prepare(one) for one in cut]
+    names = [identity(one, build_model(one, Reporter())) for one in experiments]
+    assert names[0] != names[1], "rounded results show how the work was cut, so the noise must be another"
+
+
+@pytest.mark.parametrize("text", ['{"token_budget": 512, "cohort_size": 0, "budgets": {}, "sizes": {}}', "[]", "{}"])
+def test_a_choice_out_of_bounds_is_damaged(tiny: Callable[..., Config], tmp_path: Path, text: str) -> None:
+    directory = simulation.RunDirectory.create(tmp_path / "run", tiny())
+    (directory.private / "engine.json").write_text(text)
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        directory.tuned(lambda: pytest.fail("chosen again"))

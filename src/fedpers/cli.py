@@ -14,10 +14,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from fedpers import personalize_cli
+from fedpers import personalize_cli, report_cli
 from fedpers.data_cli import app as data_app
 from fedpers.errors import FedpersError
 from fedpers.models.assets_cli import app as assets_app
+from fedpers.sweep_cli import sweep
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -160,7 +161,7 @@ def export(
         typer.echo(out / name)
 
 
-for command in personalize_cli.COMMANDS:
+for command in (sweep, *report_cli.COMMANDS, *personalize_cli.COMMANDS):
     app.command()(command)
 
 

@@ -19,6 +19,7 @@ from fedpers.cohort.linear import Owners, to_cohort
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.products import supported
 from fedpers.cohort.rows import check_rows
+from fedpers.cohort.tuning import Choice
 from fedpers.config import Config, result_text
 from fedpers.data import Federation, load
 from fedpers.data.base import Source
@@ -83,6 +84,7 @@ class Reuse:
 
     federations: dict[str, tuple[Federation, Examples, Task]] = field(default_factory=dict)
     models: dict[tuple[Any, ...], CohortModel] = field(default_factory=dict)
+    choice: Choice | None = None  # how the first of them found that the engine's work is best cut
 
 
 def method_plan(name: str, config: Config) -> Plan:
@@ -185,8 +187,7 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
         # At their initial values adapters change nothing, so a model without them takes all from one with them.
         lazy = bool(experiment.federation.lazy)
         donor = None
-        rounded = config.engine.precision == "bf16" or config.engine.prefix == "fp16"
-        if not (experiment.adapts or lazy or rounded):
+        if not (experiment.adapts or lazy or _rounds(config)):
             donor = next((m for k, m in reuse.models.items() if k[:2] == (parts, True)), None)
         reuse.models[key] = CohortModel(
             config,
@@ -220,6 +221,11 @@ def _check_secret(experiment: Experiment) -> None:
                 "not be told from this one and would draw the same noise; leave privacy.secret out, or put the "
                 f"{what} into a file."
             )
+    if experiment.config.engine.tune and _rounds(experiment.config):
+        raise PrivacyRefusal(
+            "privacy.secret with engine.tune under bf16 or fp16: the work may be cut in another way the next time, "
+            "which changes rounded results and not the noise; leave privacy.secret out, or set engine.tune=false."
+        )
     source = find("data", experiment.config.data.name, Source)  # type: ignore[type-abstract]
     if experiment.federation.lazy and not source.__module__.startswith("fedpers."):
         raise PrivacyRefusal(
@@ -227,6 +233,11 @@ def _check_secret(experiment: Experiment) -> None:
             "changed ones could not be told from these and would meet the same noise; leave privacy.secret out, or "
             "set data.lazy=false."
         )
+
+
+def _rounds(config: Config) -> bool:
+    """Whether anything is rounded to 16 bits."""
+    return config.engine.precision == "bf16" or config.engine.prefix == "fp16"
 
 
 def check_separate(model: CohortModel) -> None:
@@ -299,6 +310,8 @@ def identity(experiment: Experiment, model: CohortModel) -> str:
     table = [scopes, len(plan.round), phases, plan.head, sorted(plan.options.items()), plan.method.functions()]
     # Whether anything adapts, if only the baseline, decides in which precision contexts are computed.
     parts = [result_text(experiment.config), experiment.adapts, table, digest.hexdigest(), model.fingerprint]
+    if _rounds(experiment.config):  # then how the work is cut shows in the results, by more than float tolerance
+        parts.append(experiment.config.engine.model_dump_json())
     return json.dumps([*parts, version("fedpers")])
 
 

@@ -306,15 +306,20 @@ def export_public(run: Path, out: Path) -> list[str]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / name, out / name)  # not the private mode of the original
         copied.append(name)
-    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    config = without_folders(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
+    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return copied
+
+
+def without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """Change a configuration's tree so that of the folders of this machine only the last part is left; returns it."""
     config["model"]["backbone"] = public_name(config["model"]["backbone"])
     data = config["data"]
     if data.get("path") and not data["path"].startswith("hub:"):
         data["path"] = data["path"].rstrip("/").rpartition("/")[2]
     if (data.get("lamp") or {}).get("tokenizer"):
         data["lamp"]["tokenizer"] = public_name(data["lamp"]["tokenizer"])
-    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return copied
+    return config
 
 
 def _save(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:

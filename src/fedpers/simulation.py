@@ -123,16 +123,16 @@ def simulate(
     if not directory.started:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
     if config.engine.tune:
-        choice = directory.tuned(lambda: tune(model, experiment.plan, config))
-        reporter.message(f"cohorts of {choice.cohort_size} clients, passes of {choice.token_budget} tokens")
-        model.budget = choice.token_budget
-        config = config.model_copy(update={"engine": choice.apply(config.engine)})
-        experiment = replace(experiment, config=config)
+        reuse.choice = directory.tuned(lambda: reuse.choice or tune(model, experiment.plan, config))
+        reporter.message("cohort size and token budget are chosen: private/engine.json")
+        model.budget = reuse.choice.token_budget
+        # `config` stays as it was given: it is shown to others, and what was chosen hangs on how long people's texts are.
+        experiment = replace(experiment, config=reuse.choice.apply(config))
     users = experiment.measured
     everybody = len(experiment.examples.users)
     store = PersonalStore(directory.private / "rounds", everybody, layout(config, experiment.plan, model).kept())
     server_key, clients_key = run_keys(directory.secret(), identity(experiment, model))
-    clients = Clients(config, experiment.plan, experiment.guarantee, model, store, clients_key)
+    clients = Clients(experiment.config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
     shared, ledger, history = federate(experiment, clients, directory, server_key, reporter)
     excluded = experiment.excluded

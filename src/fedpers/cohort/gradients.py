@@ -62,14 +62,17 @@ class Gradients:
         if contexts is None and worth(model.effort(tokens)):
             self._lanes = list(model.lanes.models)  # before hooks are on the first, or they would be copied
         self._private: list[CohortDPOptimizer | None] = []  # of each lane
-        for lane in self._lanes:
-            if lane is not model:
-                for name, layer in lane.layers.items():
-                    layer.weight.requires_grad_(name in moving)
-                    layer.weight.grad = None
-                # It holds a lane's sums and never steps.
-                optimizer = torch.optim.SGD([lane.layers[name].weight for name in moving], lr=0.0)
-            self._take(lane, optimizer)
+        with ExitStack() as undo:
+            undo.push(self._open)
+            for lane in self._lanes:
+                if lane is not model:
+                    for name, layer in lane.layers.items():
+                        layer.weight.requires_grad_(name in moving)
+                        layer.weight.grad = None
+                    # It holds a lane's sums and never steps.
+                    optimizer = torch.optim.SGD([lane.layers[name].weight for name in moving], lr=0.0)
+                self._take(lane, optimizer)
+            undo.pop_all()  # nothing went wrong: hooks stay until the end
         self.private = self._private[0]
 
     def _take(self, model: CohortModel, optimizer: torch.optim.Optimizer) -> None:

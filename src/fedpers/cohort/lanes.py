@@ -85,7 +85,14 @@ class Lanes(Generic[Model]):
             finally:
                 free.put(model)
 
-        yield from self._threads().map(one, items)
+        running = [self._threads().submit(one, item) for item in items]
+        try:
+            for future in running:
+                yield future.result()
+        finally:  # where one breaks, nobody may work on while the caller cleans up
+            for future in running:
+                future.cancel()
+            wait(running)
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:

@@ -104,6 +104,8 @@ class CohortModel(nn.Module):
             self.layer = backbone.depth - config.model.adapter.layers
             if self.layer >= 0:
                 backbone.check_split(self.layer)
+                if self.kept_as == "fp16":
+                    backbone.check_half(self.layer)
         self._present: tuple[int, ...] | None = None
         # Frozen features come first: they are computed on the plain backbone.
         # Of a large federation these are a few people to try things on.

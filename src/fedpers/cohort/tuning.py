@@ -39,16 +39,16 @@ class Choice:
         """Return text for a file; JSON has no numbers as keys, so they become strings."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
-    def apply(self, engine: EngineConfig) -> EngineConfig:
-        """Return the engine's section with what was chosen, as somebody would write it who knows."""
-        return engine.model_copy(
-            update={"token_budget": self.token_budget, "cohort_size": self.cohort_size, "tune": False}
-        )
+    def apply(self, config: Config) -> Config:
+        """Return the configuration with what was chosen."""
+        sizes = {"token_budget": self.token_budget, "cohort_size": self.cohort_size}
+        return config.model_copy(update={"engine": config.engine.model_copy(update=sizes)})
 
 
 def from_json(text: str) -> Choice:
     """Read what `Choice.to_json` wrote. Raises ValueError or KeyError for a damaged text."""
     tree = json.loads(text)
+    EngineConfig(token_budget=tree["token_budget"], cohort_size=tree["cohort_size"])  # within their bounds
     tried = ({int(size): float(seconds) for size, seconds in tree[key].items()} for key in ("budgets", "sizes"))
     return Choice(int(tree["token_budget"]), int(tree["cohort_size"]), *tried)
 

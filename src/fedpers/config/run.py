@@ -60,8 +60,8 @@ class ServerConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the work is cut and computed; but for `precision` and `prefix`, none of it changes results beyond float
-    tolerance.
+    """How the work is cut and computed. In fp32 none of it changes results beyond float tolerance; `precision` and
+    `prefix` round to 16 bits, and then the cut shows, too.
     """
 
     cohort_size: int = Field(64, ge=1)  # clients that train together

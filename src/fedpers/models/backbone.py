@@ -165,6 +165,19 @@ class Backbone:
         """Return unit-length text embeddings (rows, width) by the backbone as it stands."""
         return pool(self.last(ids, mask), mask)
 
+    def check_half(self, layer: int) -> None:
+        """Refuse to keep what block `layer` reads in 16 bits where these cannot hold it, by the look of a public text.
+
+        Raises ConfigError.
+        """
+        ids = self.tokenize(["a text to compare with itself, and no more than that"], 16).ids[0].unsqueeze(0)
+        largest = self.below(ids, torch.ones_like(ids), layer).abs().max()
+        if largest > torch.finfo(torch.float16).max / 4:
+            raise ConfigError(
+                f"engine.prefix=fp16: block {layer} of {self.name!r} reads numbers up to {largest:.0f}, and 16 bits "
+                "hold none above 65504; set engine.prefix=fp32."
+            )
+
     def check_split(self, layer: int) -> None:
         """Run one text whole and in two parts; raises ConfigError when they differ (an architecture we cannot cut)."""
         ids = self.tokenize(["a text to compare with itself, and no more than that"], 16).ids[0].unsqueeze(0)

@@ -1,4 +1,4 @@
-"""A grid file and its cells: which runs a sweep is made of.
+"""A grid file and the runs that it asks for.
 
     name: frontier
     base: chitchat.yaml              # a configuration beside this file, or a mapping written out
@@ -12,11 +12,11 @@
     variants:                        # named sets of changes, each combined with everything above
       chitchat: {data.users: 100}
       vader: {base: vader.yaml}      # may start from another configuration
-    skip:                            # a cell that has one of the named values on every named axis is left out
+    skip:                            # a cell is left out if it has, on every axis named, one of the values named
       - {method: fedper, privacy.epsilon: [clip, 8]}
 
-There are two kinds of no noise on an axis `privacy.epsilon`: `.inf` is no privacy at all, neither clipping nor noise;
-`clip` is the clipping of the base without its noise, so that the price of both can be told apart. Neither promises
+There are two ways to have no noise on an axis `privacy.epsilon`: `.inf` is no privacy at all, neither clipping nor
+noise; `clip` is the base's clipping without its noise, so that the price of each can be told. Neither promises
 anything.
 """
 
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,46 +34,19 @@ from typing import Any
 
 import yaml
 
-from fedpers.config import Config, PrivacyConfig, assign, dump_config, override, parse_config, read_tree
+from fedpers.config import override, parse_config, read_tree
 from fedpers.errors import ConfigError
-from fedpers.privacy.levels import clipped_only, unprotected, with_own_secret
+from fedpers.sweep.cells import AT_HOME, Cell, Tree, make_cell
 
-VARIANT, EPSILON, CLIP = "variant", "privacy.epsilon", "clip"
+VARIANT = "variant"
 _KEYS = ("name", "base", "product", "zip", "variants", "skip")
-_NO_AXES = ("name", "frontier", "privacy", "privacy.secret", "evaluation.local_only")  # what a cell has by itself
-_AT_HOME = ("seed", "data", "task", "model", "personal", "engine")  # what the local-only baseline hangs on
-Tree = dict[str, Any]
-Changes = Mapping[str, Any]  # values by dotted key
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a sweep.
-
-    Attributes:
-        coordinates: its value on every axis, as text; on the axis `variant` the variant's name.
-        config: what is run; named by the cell's content address.
-        baseline: address of the local-only run on the same people; None where the base asks for none.
-    """
-
-    coordinates: Mapping[str, str]
-    config: Config
-    baseline: str | None
-
-    @property
-    def address(self) -> str:
-        """16 hexadecimal digits for all that is configured, the secret (by its hash) and the version of fedpers."""
-        return self.config.name
-
-    @property
-    def label(self) -> str:
-        """The cell in words, for people."""
-        return ", ".join(f"{key}={value}" for key, value in self.coordinates.items())
+_NO_AXES = ("name", "frontier", "privacy.secret")  # a cell has these by itself
+Axes = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs of a sweep: the cells, and the local-only baselines that are no cells themselves."""
+    """The runs of a sweep: its cells, and the local-only baselines that are no cells themselves."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -86,116 +58,131 @@ class Grid:
         return self.cells + self.baselines
 
     def to_yaml(self) -> str:
-        """Which runs there are and where they stand on the axes; their configurations lie beside their results."""
+        """Name the runs and their places on the axes; how each is configured lies beside its results."""
         runs = [
-            {"hash": run.address, "baseline": run.baseline, "coordinates": dict(run.coordinates)} for run in self.runs
+            {"hash": one.address, "baseline": one.baseline, "coordinates": dict(one.coordinates)} for one in self.runs
         ]
         return yaml.safe_dump({"name": self.name, "fedpers": version("fedpers"), "runs": runs}, sort_keys=False)
 
 
 def read_grid(path: Path | str, overrides: Sequence[str] = ()) -> Grid:
-    """Read a grid file; `key.path=value` overrides change every base.
+    """Read a grid file and make its cells; `key.path=value` overrides change every base.
 
     Raises:
-        ConfigError: as `expand` does, or the file or a base cannot be read.
+        ConfigError: a file cannot be read, and what `expand` raises.
     """
     path = Path(path)
-    tree = read_tree(path)
-    return expand({"name": path.stem, **tree}, overrides, path.parent, str(path))
+    return expand({"name": path.stem, **read_tree(path)}, overrides, path.parent, str(path))
 
 
 def expand(tree: Tree, overrides: Sequence[str] = (), folder: Path = Path(), where: str = "grid") -> Grid:
-    """Make the cells of a grid that is given as nested dictionaries; bases are looked for in `folder`.
+    """Make the cells of a grid given as nested dictionaries, whose bases are looked for in `folder`.
 
     Raises:
         ConfigError: an unknown key (with the nearest), a list that is none, lists of different lengths in `zip`, a key
-            that is set twice, a grid without cells, two cells that are the same run, or a cell's configuration.
+            that is set twice, a grid without cells, two cells that are the same run, a cell that cannot be configured.
     """
     for key in tree:
         _known(key, _KEYS, where)
     name = parse_config({"name": tree.get("name", "grid")}, where).name
-    crossed, stepped = _lists(tree, "product", where), _lists(tree, "zip", where)
-    variants = _mapping(tree.get("variants"), f"{where}: variants")
-    changes = {one: dict(_mapping(variants[one], f"{where}: variants.{one}")) for one in variants}
-    bases = {one: _base(found.pop("base", tree.get("base")), overrides, folder, where) for one, found in changes.items()}
-    if not variants:
-        changes, bases = {"": {}}, {"": _base(tree.get("base"), overrides, folder, where)}
-    _check_keys(crossed, stepped, changes, overrides, where)
-    axes = {**({VARIANT: list(variants)} if variants else {}), **stepped, **crossed}
-    conditions = _conditions(tree.get("skip"), axes, f"{where}: skip")
-    cells: list[Cell] = []
-    for one, step, rest in product(changes, _steps(stepped, where), list(product(*crossed.values()))):
-        chosen = {**step, **dict(zip(crossed, rest, strict=True))}
-        coordinates = {**({VARIANT: one} if variants else {}), **{key: _text(value) for key, value in chosen.items()}}
-        if any(all(coordinates[key] in values for key, values in skip.items()) for skip in conditions):
-            continue
-        cells.append(_cell(bases[one], {**changes[one], **chosen}, coordinates, where))
+    crossed, stepped = _axes(tree, "product", where), _axes(tree, "zip", where)
+    named = _mapping(tree.get("variants"), f"{where}: variants")
+    changes = {one: dict(_mapping(found, f"{where}: variants.{one}")) for one, found in named.items()} or {"": {}}
+    bases = {one: found.pop("base", tree.get("base")) for one, found in changes.items()}
+    _check_keys([crossed, stepped], list(changes.values()), overrides, where)
+    starts = {one: _base(base, overrides, folder, where) for one, base in bases.items()}
+    axes = {**({VARIANT: list(named)} if named else {}), **stepped, **crossed}
+    conditions = _conditions(tree.get("skip") or [], axes, f"{where}: skip")
+    steps = [dict(zip(stepped, values, strict=True)) for values in zip(*stepped.values(), strict=True)] or [{}]
+    cells = []
+    for one, step, values in product(changes, steps, list(product(*crossed.values()))):
+        chosen = {**step, **dict(zip(crossed, values, strict=True))}
+        coordinates = {**({VARIANT: one} if named else {}), **{key: _text(value) for key, value in chosen.items()}}
+        if not any(all(coordinates[key] in skipped for key, skipped in each.items()) for each in conditions):
+            cells.append(make_cell(starts[one], {**changes[one], **chosen}, coordinates, where))
     if not axes or not cells:
-        raise ConfigError(f"{where}: no cells; name values under product, zip or variants, and skip fewer.")
+        raise ConfigError(f"{where}: has no cells; list values under product, zip or variants, and skip fewer.")
     _check_distinct(cells, where)
     return Grid(name, tuple(cells), tuple(_baselines(cells)))
 
 
-def _cell(base: Tree, changes: Changes, coordinates: Mapping[str, str], where: str) -> Cell:
-    where = f"{where} ({', '.join(f'{key}={value}' for key, value in coordinates.items())})"
-    tree = copy.deepcopy(base)
-    if "method" in changes and changes["method"] != base.get("method", Config().method):
-        tree.pop("options", None)  # they are the base method's own
-    level = str(changes.get(EPSILON)).strip().lower()
-    for key, value in changes.items():
-        if not (key == EPSILON and level in {"inf", ".inf", CLIP}):
-            assign(tree, key, value, where)
-    config = parse_config(tree, where)
-    privacy = config.privacy
-    if EPSILON in changes and level in {"inf", ".inf"}:
-        privacy = unprotected(privacy)
-    elif EPSILON in changes and level == CLIP:
-        try:
-            privacy = clipped_only(privacy)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
-    local = _local_only(config)
-    if config.method == "local":
-        own = local
-    else:
-        evaluation = config.evaluation.model_copy(update={"local_only": False})  # it has a cell of its own
-        own = config.model_copy(update={"privacy": privacy, "evaluation": evaluation})
-    return Cell(coordinates, _addressed(own), _addressed(local).name if config.evaluation.local_only else None)
-
-
-def _local_only(config: Config) -> Config:
-    """Training at home alone: neither method nor privacy nor anything of the rounds matters to it."""
-    kept = {section: getattr(config, section) for section in _AT_HOME}
-    evaluation = config.evaluation.model_copy(update={"local_only": False, "every": 0})
-    secret = PrivacyConfig(secret=config.privacy.secret)
-    return Config(method="local", rounds=0, evaluation=evaluation, privacy=secret, **kept)
-
-
-def _addressed(config: Config) -> Config:
-    """Name a configuration by its content, and give it a secret of its own."""
-    config = config.model_copy(update={"name": "cell", "frontier": None})
-    content = f"{version('fedpers')}\n{dump_config(config)}"
-    privacy = with_own_secret(config.privacy, _digest(content))
-    if privacy.secret is not None:
-        content += _digest(privacy.secret)
-    return config.model_copy(update={"name": _digest(content)[:16], "privacy": privacy})
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _baselines(cells: Iterable[Cell]) -> Iterable[Cell]:
-    """Make the local-only runs that are no cells, each with what the cells that it belongs to have in common."""
+def _baselines(cells: Sequence[Cell]) -> Iterable[Cell]:
+    """Make the local-only runs that are no cells, each with those of its cells' coordinates that are its own."""
     have = {cell.address for cell in cells}
     mates: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell.baseline is not None and cell.baseline not in have:
             mates.setdefault(cell.baseline, []).append(cell)
-    for address, found in mates.items():
-        # The secret of a cell is derived already, so a baseline is made where the cell is, from what was given.
-        del address, found
-    return ()
+    for first, *others in mates.values():
+        own = [key for key in first.coordinates if key.split(".")[0] in {*AT_HOME, "evaluation", VARIANT}]
+        alike = [key for key in own if len({cell.coordinates[key] for cell in (first, *others)}) == 1]
+        assert first.local is not None
+        yield Cell({"method": "local"} | {key: first.coordinates[key] for key in alike}, first.local, first.local)
+
+
+def _base(base: Any, overrides: Sequence[str], folder: Path, where: str) -> Tree:
+    if isinstance(base, str):
+        tree = read_tree(folder / base)
+    elif isinstance(base, dict):
+        tree = copy.deepcopy(base)
+    else:
+        raise ConfigError(f"{where}: base: name a configuration file, or write a configuration out.")
+    for text in overrides:
+        override(tree, text)
+    return tree
+
+
+def _axes(tree: Tree, kind: str, where: str) -> Axes:
+    """Read `product` or `zip`: lists by dotted key."""
+    axes = _mapping(tree.get(kind), f"{where}: {kind}")
+    for key, values in axes.items():
+        if not isinstance(values, list) or not values:
+            found = "an empty list" if values == [] else type(values).__name__
+            raise ConfigError(f"{where}: {kind}.{key}: expected a list of values, as in [0, 1, 2], found {found}.")
+    lengths = {key: len(values) for key, values in axes.items()}
+    if kind == "zip" and len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise ConfigError(f"{where}: zip: lists taken in step need one length, but {shown} values.")
+    return axes
+
+
+def _conditions(conditions: Any, axes: Axes, where: str) -> list[dict[str, set[str]]]:
+    if not isinstance(conditions, list):
+        raise ConfigError(f"{where}: expected a list of conditions, as in [{{method: local, seed: [1, 2]}}].")
+    found = []
+    for condition in conditions:
+        skipped = {}
+        for key, values in _mapping(condition, where).items():
+            _known(key, list(axes), where)
+            skipped[key] = {_text(value) for value in (values if isinstance(values, list) else [values])}
+            have = [_text(value) for value in axes[key]]
+            if missing := sorted(skipped[key] - set(have)):
+                raise ConfigError(f"{where}: {key} has no value {missing[0]}; it has {', '.join(have)}.")
+        if not skipped:
+            raise ConfigError(f"{where}: a condition names at least one axis.")
+        found.append(skipped)
+    return found
+
+
+def _check_keys(
+    axes: Sequence[Axes], changes: Sequence[Mapping[str, Any]], overrides: Sequence[str], where: str
+) -> None:
+    """Refuse keys that are set twice, or that a cell has by itself; one that is part of another counts as the same."""
+    for one in changes:
+        keys = [*(key for part in axes for key in part), *one]
+        for place, key in enumerate(keys):
+            if key == "privacy" or any(_within(key, no) for no in _NO_AXES):
+                raise ConfigError(f"{where}: {key!r} is not to be varied: set it in the base, or name a single key.")
+            if any(_within(key, other) or _within(other, key) for other in keys[:place]):
+                raise ConfigError(f"{where}: {key!r} is set twice; name it, and what it is part of, once.")
+        for text in overrides:
+            given = text.partition("=")[0].strip()
+            if any(_within(given, key) for key in keys):
+                raise ConfigError(f"override {given!r}: {where} sets it itself; change it there.")
+
+
+def _within(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.")
 
 
 def _check_distinct(cells: Sequence[Cell], where: str) -> None:
@@ -205,3 +192,27 @@ def _check_distinct(cells: Sequence[Cell], where: str) -> None:
         if twin is not cell:
             hint = "; training at home hangs on neither privacy nor rounds" if cell.config.method == "local" else ""
             raise ConfigError(f"{where}: ({twin.label}) and ({cell.label}) are the same run{hint}; skip one of them.")
+
+
+def _known(key: Any, allowed: Sequence[str], where: str) -> None:
+    if key not in allowed:
+        near = difflib.get_close_matches(str(key), allowed, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}."
+        raise ConfigError(f"{where}: unknown key {str(key)!r}; {hint}")
+
+
+def _mapping(found: Any, where: str) -> dict[str, Any]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(f"{where}: expected keys with values, found {type(found).__name__}.")
+    return found
+
+
+def _text(value: Any) -> str:
+    """Write a value as a coordinate: numbers alike however they are written, sections as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return json.dumps(value, sort_keys=True)

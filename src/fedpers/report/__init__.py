@@ -1,0 +1,1 @@
+"""Pages about finished runs: one self-contained HTML file, made from stored results alone."""

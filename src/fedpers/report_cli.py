@@ -1,0 +1,40 @@
+"""The commands `report` and `compare`. Errors go up to the main command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run_directory: Annotated[Path, typer.Argument(help="A finished run.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="An .html file; by default RUN/report.html.", show_default=False)
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Leave out single users and all that was measured without noise.")
+    ] = False,
+) -> None:
+    """Write one HTML page about a finished run: claim, results, figures, users, how to repeat it, whom to cite."""
+    from fedpers.report.page import write_report
+
+    typer.echo(write_report(run_directory, out, public=public))
+
+
+def compare(
+    run_directories: Annotated[
+        list[Path], typer.Argument(help="Finished runs; the first is the reference.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="An .html file; by default beside the first run.", show_default=False)
+    ] = None,
+) -> None:
+    """Write one HTML page with finished runs side by side, person by person where they have the same people."""
+    from fedpers.report.compare import write_comparison
+
+    typer.echo(write_comparison(run_directories, out))
+
+
+COMMANDS = (report, compare)

@@ -1,0 +1,164 @@
+"""The tables of a sweep, made of what is stored and of nothing else: `results.parquet` and `users.parquet`.
+
+Coordinates are columns named by their axis, with `_` for dots (`privacy_epsilon`), and hold text. Where a column of
+the table says the same with a type (`method`, `seed`), there is that column alone. The local-only baseline is a run of
+its own, with a row of its own; in the rows of the runs that it belongs to it is the model kind `local`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from fedpers.config import FAMILIES, load_config
+from fedpers.errors import DataError, RunDirectoryError
+from fedpers.evaluation.per_user import KINDS, write_table
+from fedpers.evaluation.statistics import Comparison, compare
+from fedpers.simulation import Run, load
+from fedpers.sweep import place
+
+RESULTS, USERS = "results.parquet", "users.parquet"
+_TEXT, _NUMBER, _COUNT = pa.string(), pa.float64(), pa.int64()
+_WHICH = {"hash": _TEXT, "baseline": _TEXT, "data": _TEXT, "method": _TEXT, "seed": _COUNT}
+_CLAIM = {
+    "claim": _TEXT, "unit": _TEXT, "trust": _TEXT, "epsilon": _NUMBER, "delta": _NUMBER, "forecast_epsilon": _NUMBER,
+    "forecast_users": _COUNT,
+}  # fmt: skip
+_ABOUT = {"n_users": _COUNT, "n_rounds": _COUNT, "metric": _TEXT, "higher_is_better": pa.bool_()}
+_KIND = ("mean", "low", "high", "worst_decile")  # with a 95% interval
+_GAIN = ("gain", "gain_low", "gain_high", "p", "helped", "tied", "harmed", "detectable")  # of own over another kind
+_COST = {"bytes_up": _COUNT, "bytes_down": _COUNT, "seconds": _NUMBER}
+FIXED = {
+    **_WHICH,
+    **_CLAIM,
+    **_ABOUT,
+    **{f"{kind}_{what}": _NUMBER for kind in KINDS for what in _KIND},
+    **{f"{what}_over_{kind}": _NUMBER for kind in KINDS[1:] for what in _GAIN},
+    **{f"noise_to_update_{family}": _NUMBER for family in FAMILIES},
+    **_COST,
+}
+
+
+def collect(out: Path) -> tuple[pa.Table, pa.Table]:
+    """Make, write and return both tables, from the finished runs of the grid that was swept last, in its order.
+
+    The first has a row per run: coordinates, claim, what `summary.json` holds, noise over update, bytes and seconds
+    (the one column that differs between two sweeps with the same secret). `gain_over_KIND` is the mean gain of own over
+    another kind with a 95% interval, p by the paired test of `statistics.compare`, users helped, tied and harmed, and
+    the smallest gain that would be seen with 80% power. The second has a row per run, user and kind.
+
+    Raises:
+        RunDirectoryError: `out` is no sweep, or cannot be written.
+        LedgerError: the claim of a run is not what its ledger gives.
+    """
+    if not (out / place.GRID).exists():
+        raise RunDirectoryError(f"{out}: no sweep is here, {place.GRID} is missing; run `fedpers sweep` first.")
+    with place.locked(out):
+        runs = yaml.safe_load((out / place.GRID).read_text(encoding="utf-8"))["runs"]
+        columns = {axis: axis.replace(".", "_") for run in runs for axis in run["coordinates"]}
+        columns = {axis: column for axis, column in columns.items() if column not in FIXED}
+        finished = [run["hash"] for run in runs if place.cell(out, run["hash"]).finished]
+        paths = {address: place.cell(out, address).path for address in finished}
+        stored = {address: load(path, load_config(path / "config.yaml")) for address, path in paths.items()}
+        rows, tables = [], []
+        for run in runs:
+            if (one := stored.get(run["hash"])) is None:
+                continue
+            which = _which(run, one) | {column: run["coordinates"].get(axis) for axis, column in columns.items()}
+            local = stored.get(run["baseline"])
+            rows.append(which | _row(one, local))
+            tables.append(_labelled(_with_local(one, local), which))
+        schema = _WHICH | dict.fromkeys(columns.values(), _TEXT)
+        results = pa.Table.from_pylist(rows, schema=pa.schema(list((schema | FIXED).items())))
+        users = _joined(tables, schema)
+        write_table(results, out / RESULTS)
+        write_table(users, out / USERS)
+    return results, users
+
+
+def _which(run: Mapping[str, Any], one: Run) -> dict[str, Any]:
+    names = {"data": one.config.data.name, "method": one.config.method, "seed": one.config.seed}
+    return {"hash": run["hash"], "baseline": run["baseline"], **names}
+
+
+def _row(one: Run, local: Run | None) -> dict[str, Any]:
+    """Everything about a run but where it stands on the axes."""
+    claim, forecast, summary = one.claim, one.forecast, one.summary
+    row = {name: getattr(claim, name) for name in ("unit", "trust", "epsilon", "delta")}
+    row |= {name: summary[name] for name in ("claim", "metric", "higher_is_better", *_COST)}
+    row |= {"n_users": summary["users"], "n_rounds": summary["rounds"]}
+    if forecast is not None:
+        row |= {"forecast_epsilon": forecast.epsilon, "forecast_users": forecast.population}
+    row |= {f"noise_to_update_{family}": ratio for family, ratio in summary["noise_to_update"].items()}
+    metrics, comparisons = dict(summary["metrics"]), dict(summary["comparisons"])
+    if local is not None:
+        metrics["local"] = local.summary["metrics"]["own"]
+        comparisons["local"] = asdict(_over_local(one, local))
+    for kind, found in metrics.items():
+        row |= {f"{kind}_mean": found["mean"], f"{kind}_worst_decile": found["worst_decile"]}
+        row |= dict(zip((f"{kind}_low", f"{kind}_high"), found["ci95"], strict=True))
+    for kind, found in comparisons.items():
+        low, high = found["ci95"]
+        values = (
+            found["mean_gain"], low, high, found["p_value"], found["helped"], found["tied"], found["harmed"],
+            found["minimum_detectable_effect"],
+        )  # fmt: skip
+        row |= {f"{what}_over_{kind}": value for what, value in zip(_GAIN, values, strict=True)}
+    return row
+
+
+def _over_local(one: Run, local: Run) -> Comparison:
+    """Compare the own models of a run with those of its local-only baseline, on the same people and test records."""
+    metric, keys = one.summary["metric"], ("user", "test_records")
+    mine, theirs = (found.users.filter(pc.equal(found.users["kind"], "own")).sort_by("user") for found in (one, local))
+    if any(not mine[key].equals(theirs[key]) for key in keys):
+        raise DataError("the local-only baseline of a cell was measured on other people or records; run both again.")
+    return compare(
+        mine[metric].to_numpy(), theirs[metric].to_numpy(), mine["test_records"].to_numpy(), None, None,
+        np.random.default_rng(one.config.seed), higher_is_better=one.summary["higher_is_better"],
+    )  # fmt: skip
+
+
+def _with_local(one: Run, local: Run | None) -> pa.Table:
+    """Add the baseline's own models as the kind `local`; record by record it was not compared with them."""
+    table = _nullable(one.users)
+    if local is not None:
+        theirs = _nullable(local.users.filter(pc.equal(local.users["kind"], "own")))
+        unknown = pa.nulls(theirs.num_rows, _COUNT)
+        theirs = _set(theirs, {"kind": pa.repeat("local", theirs.num_rows), "only_own": unknown, "only_other": unknown})
+        table = pa.concat_tables([table, theirs])
+    kinds = np.array([KINDS.index(kind) for kind in table["kind"].to_pylist()])
+    return table.take(np.lexsort((kinds, table["user"].to_numpy())))
+
+
+def _labelled(table: pa.Table, which: Mapping[str, Any]) -> pa.Table:
+    """Put a run's coordinates beside each of its users."""
+    rows = table.num_rows
+    kinds = {name: _WHICH.get(name, _TEXT) for name in which}
+    return _set(table, {name: pa.repeat(pa.scalar(value, kinds[name]), rows) for name, value in which.items()})
+
+
+def _joined(tables: list[pa.Table], first: Mapping[str, Any]) -> pa.Table:
+    """Put the users of all runs together; a metric that a run's task does not have is null there."""
+    if not tables:
+        return pa.schema(list(first.items())).empty_table()
+    table = pa.concat_tables(tables, promote_options="default")
+    named = (*first, "user", "kind", "test_records", "train_records")
+    last = ("only_own", "only_other")
+    metrics = sorted(set(table.column_names) - {*named, *last})
+    return table.select([*named, *metrics, *last])
+
+
+def _nullable(table: pa.Table) -> pa.Table:
+    return pa.table({name: table[name] for name in table.column_names})
+
+
+def _set(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
+    return pa.table({name: table[name] for name in table.column_names} | dict(columns))
