@@ -126,7 +126,7 @@ def simulate(
         reuse.choice = directory.tuned(lambda: reuse.choice or tune(model, experiment.plan, config))
         reporter.message("cohort size and token budget are chosen: private/engine.json")
         model.budget = reuse.choice.token_budget
-        # `config` stays as it was given: it is shown to others, and what was chosen hangs on how long people's texts are.
+        # `config` stays as it was given: it is shown to others, and the choice hangs on how long people's texts are.
         experiment = replace(experiment, config=reuse.choice.apply(config))
     users = experiment.measured
     everybody = len(experiment.examples.users)
