@@ -29,6 +29,7 @@ from fedpers.privacy.mechanisms import clip_update
 from fedpers.reporting import Reporter
 
 TOLERANCE = 1e-4  # of a clip; sums are fp32
+STILL, DRIFT = 100.0, 0.25  # a lot so large that weights hardly move in a step, and how far sums may drift for it
 SURE = 1e-9  # a chance finding of a statistical check is this unlikely
 ROUNDS, SAMPLED_ROUNDS = 3, 60
 
@@ -127,8 +128,26 @@ def _record_sensitivity(bench: Bench) -> list[Finding]:
                      "Largest change of its owner's sum of one step when one record is taken away, in clips."),
             _finding("one record, other clients", bench, what, 0.0, others,
                      "Largest change of any other client's sum when one record is taken away, in clips."),
+            _finding("sums of the next step", bench, what, DRIFT, _carried(bench, phase, phases, number),
+                     "How far the next step's sums of the same records lie from a step's, relative to them, at nearly "
+                     "the same weights: what one step leaves behind would count again under the next one's noise."),
         ]  # fmt: skip
     return found
+
+
+def _carried(bench: Bench, phase: Phase, phases: list[tuple[int, Phase]], number: int) -> float:
+    """The largest difference of any client between the sums of two steps in a row, relative to the first's."""
+    still = {"noise_multiplier": 0.0, "denominator": STILL, "rate": 1.0}
+    index, _ = phases[-1]  # without a pull, which grows with each step
+    phases = [*phases[:-1], (index, Phase(*phase.train, without=phase.without, gate=phase.gate))]
+    one, two = (
+        STILL * _one_step(bench, bench.clients({**still, "steps": steps}, phases=phases), phase, number)
+        for steps in (1, 2)
+    )
+    first = np.linalg.norm(one, axis=1)
+    assert bench.experiment.guarantee.clip is not None
+    apart = np.linalg.norm(two - 2 * one, axis=1) / np.maximum(first, bench.experiment.guarantee.clip)
+    return float(apart.max())
 
 
 def _record_noise(bench: Bench) -> list[Finding]:
