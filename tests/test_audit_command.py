@@ -30,6 +30,7 @@ def finding(**changes: Any) -> Finding:
     return Finding(**{**given, **changes})
 
 
+@pytest.mark.pictures
 def test_a_user_level_setup_is_audited_whole(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +86,7 @@ def test_inversion_is_tried_where_it_is_strongest(tiny: Tiny) -> None:
     assert (config.privacy.unit, config.privacy.epsilon, config.method) == ("record", 4, "fedavg")
 
 
+@pytest.mark.pictures
 def test_the_figure_shows_every_epsilon_and_nothing_else(tmp_path: Path) -> None:
     rates = {"span_recall": 1.0, "nearest_recall": 1.0, "optimization_recall": 0.5, "chance": 0.1}
     rows = [finding(), finding(claimed=float("inf"), verdict="powerless"), finding(kind="check", empirical=1.0)]

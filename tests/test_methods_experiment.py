@@ -117,6 +117,7 @@ def test_other_people_or_records_are_not_compared() -> None:
             against({"other": other}, reference)
 
 
+@pytest.mark.pictures
 def test_the_picture_has_a_row_for_everyone(tmp_path: Path) -> None:
     rows = {"fedavg": Estimate(0.5, 0.4, 0.6, None), "ditto": Estimate(0.6, 0.5, 0.7, "better")}
     panels = [
