@@ -108,8 +108,7 @@ class Gradients:
         """Leave a step's sum over records in the first lane's weights or optimizer; returns the sum of losses."""
         model, step = self._lanes[0], self._steps[number]
         for copy in self._lanes[1:]:
-            for name, layer in model.layers.items():
-                copy.layers[name].weight.data = layer.weight.data
+            copy.follow(model)
         shared = passes(model.lengths[step.rows], model.budget, len(self._lanes))
         with warnings.catch_warnings():
             # The head may read features that need no gradient: its hooks see outputs alone, as Opacus needs.

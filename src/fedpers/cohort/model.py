@@ -216,6 +216,11 @@ class CohortModel(nn.Module):
         owned = {id(layer.weight) for layer in self.layers.values()}
         return copy.deepcopy(self, {id(one): one for one in shared if id(one) not in owned})
 
+    def follow(self, other: CohortModel) -> None:
+        """Use the weights that another lane has now, in place."""
+        for name, layer in other.layers.items():
+            self.layers[name].weight.data = layer.weight.data
+
     def effort(self, tokens: int) -> float:
         """Return about how many floating-point operations a pass over so many tokens has, backward included."""
         width, adapted = self.backbone.width, self.backbone.depth - max(self.layer, 0)
@@ -314,22 +319,11 @@ class CohortModel(nn.Module):
         result = torch.empty(len(rows), *tokens, self.backbone.width)
 
         def encode(model: CohortModel, part: Index) -> None:
+            model.follow(self)
             with torch.no_grad():  # which holds for the thread that says it
                 result[torch.from_numpy(part)] = model.contexts(rows[part], torch.from_numpy(owners[part]))
 
-        self.on_lanes(encode, rows)
-        return result
-
-    def on_lanes(self, work: Callable[[CohortModel, Index], None], rows: Index) -> None:
-        """Do `work` with the weights that are loaded, on parts of rows, given as positions in them."""
         parts = list(microbatches(self.lengths[rows], self.budget))
-        effort = self.effort(int(self.lengths[rows].sum())) / 2
-
-        def load(model: CohortModel, part: Index) -> None:
-            if model is not self:
-                for name, layer in self.layers.items():
-                    model.layers[name].weight.data = layer.weight.data
-            work(model, part)
-
-        for _ in self.lanes.each(load, parts, effort):
+        for _ in self.lanes.each(encode, parts, self.effort(int(self.lengths[rows].sum())) / 2):
             pass
+        return result

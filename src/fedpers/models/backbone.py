@@ -165,12 +165,16 @@ class Backbone:
         """Return unit-length text embeddings (rows, width) by the backbone as it stands."""
         return pool(self.last(ids, mask), mask)
 
+    def _public_text(self) -> Tensor:
+        """Token ids (1, tokens) of a text that is nobody's, to try things on."""
+        return self.tokenize(["a text to compare with itself, and no more than that"], 16).ids[0].unsqueeze(0)
+
     def check_half(self, layer: int) -> None:
         """Refuse to keep what block `layer` reads in 16 bits where these cannot hold it, by the look of a public text.
 
         Raises ConfigError.
         """
-        ids = self.tokenize(["a text to compare with itself, and no more than that"], 16).ids[0].unsqueeze(0)
+        ids = self._public_text()
         largest = self.below(ids, torch.ones_like(ids), layer).abs().max()
         if largest > torch.finfo(torch.float16).max / 4:
             raise ConfigError(
@@ -180,7 +184,7 @@ class Backbone:
 
     def check_split(self, layer: int) -> None:
         """Run one text whole and in two parts; raises ConfigError when they differ (an architecture we cannot cut)."""
-        ids = self.tokenize(["a text to compare with itself, and no more than that"], 16).ids[0].unsqueeze(0)
+        ids = self._public_text()
         mask = torch.ones_like(ids)
         whole = self.encode(ids, mask)
         with torch.no_grad():
