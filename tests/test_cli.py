@@ -20,11 +20,13 @@ from conftest import SECRET, Command
 from fedpers.config import Config, dump_config, load_config
 from fedpers.data.base import Federation, Source
 from fedpers.data.synthetic import Synthetic
+from fedpers.errors import ConfigError
 from fedpers.experiment import method_plan
 from fedpers.models.assets import ASSETS
 from fedpers.privacy.refusals import check_setup
 from fedpers.registry import find, names
 from fedpers.reporting import BarReporter, PlainReporter, Reporter, reporter
+from fedpers.sweep.grid import read_grid
 
 USER = ("privacy.unit=user", "privacy.epsilon=8", "privacy.clip=1", "privacy.delta=1e-3")
 RECORD = ("privacy.unit=record", *USER[1:])
@@ -210,16 +212,26 @@ def test_other_commands_refuse_in_the_same_way(fedpers: Command, work: Path) -> 
     assert_refused(fedpers, work, "export", "nowhere", "out", says=("--public",))
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.stem
-)
+CONFIGS = Path(__file__).parent.parent / "configs"
+GRIDS = {"frontier": (200, 10), "frontier_full": (1350, 45)}  # cells, and baselines that they share
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_configuration_that_comes_along_may_run(path: Path) -> None:
     """Its names exist and nothing of it is refused, as far as that can be told without data."""
-    config = load_config(path)
-    assert config.name == path.stem.replace("_", "-")
-    check_setup(config, method_plan(config.method, config))
-    assert config.task.name in find("data", config.data.name, Source).tasks  # type: ignore[type-abstract]
-    assert config.model.backbone in ASSETS
+    if path.stem in GRIDS:
+        with pytest.raises(ConfigError, match="fedpers sweep"):
+            load_config(path)
+        grid = read_grid(path)
+        assert (len(grid.cells), len(grid.baselines)) == GRIDS[path.stem]
+        configs = [cell.config for cell in grid.cells if cell.coordinates["seed"] == "0"]
+    else:
+        configs = [load_config(path)]
+        assert configs[0].name == path.stem.replace("_", "-")
+    for config in configs:
+        check_setup(config, method_plan(config.method, config))
+        assert config.task.name in find("data", config.data.name, Source).tasks  # type: ignore[type-abstract]
+        assert config.model.backbone in ASSETS
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.privacy.randomness import Part, order, uniforms
+from fedpers.privacy.randomness import Part, uniforms
 from fedpers.tasks.base import Examples
 
 Index = NDArray[np.int64]
@@ -34,15 +34,15 @@ def epochs(
 ) -> list[Step]:
     """Shuffled passes over each client's training records; a client without further batches rests.
 
-    The order is drawn by user, epoch and record id, so removing a record leaves the order of the others.
+    The order is drawn by user, record id and epoch, so removing a record leaves the order of the others.
     """
     batches: list[list[Index]] = []
     for user in users:
         rows = examples.train[user]
         names = [examples.ids[row] for row in rows]
         own: list[Index] = []
-        for epoch in range(count):
-            shuffled = rows[order(key, (*address, "order", examples.users[user], epoch), names)]
+        for drawn in uniforms(key, (*address, "order", examples.users[user]), names, count).T:
+            shuffled = rows[np.argsort(drawn, kind="stable")]
             own.extend(shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size))
         batches.append(own)
     return [

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
 import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor
@@ -16,6 +17,8 @@ from fedpers.cohort.batching import Index, Step
 from fedpers.cohort.lanes import passes, worth
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.optimizer import CohortDPOptimizer, Noise
+
+_VECTOR = 1  # tokens that a record counts for, of which one vector is read
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,14 @@ class RecordProtection:
     lot_size: float  # public divisor of every sum
     noise: Noise
     per_layer: bool = False  # clip each trained array to clip/sqrt(arrays) instead: the same joint bound
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What the records of all steps are read as, where nothing that shapes it moves."""
+
+    encoded: Tensor  # (different records, ...)
+    places: Sequence[Index]  # of each step's records in it, (records,)
 
 
 class Gradients:
@@ -43,7 +54,7 @@ class Gradients:
         optimizer: torch.optim.Optimizer,
         protection: RecordProtection | None,
         steps: Sequence[Step],
-        contexts: Sequence[Tensor] | None,
+        contexts: Contexts | None,
     ) -> None:
         """Share the work out where a step has enough of it.
 
@@ -53,7 +64,7 @@ class Gradients:
             optimizer: over the model's weights in the order of `moving`.
             protection: clipping and noise; None without.
             steps: the logical batches, and whose records they hold.
-            contexts: of each step's records, (records, ...), where nothing that shapes them moves.
+            contexts: of their records, where nothing that shapes them moves.
         """
         self._moving, self._protection, self._steps, self._contexts = moving, protection, steps, contexts
         self._open = ExitStack()
@@ -106,10 +117,10 @@ class Gradients:
 
     def step(self, number: int) -> float:
         """Leave a step's sum over records in the first lane's weights or optimizer; returns the sum of losses."""
-        model, step = self._lanes[0], self._steps[number]
+        model = self._lanes[0]
         for copy in self._lanes[1:]:
             copy.follow(model)
-        shared = passes(model.lengths[step.rows], model.budget, len(self._lanes))
+        shared = passes(self._lengths(number), model.budget, len(self._lanes))
         with warnings.catch_warnings():
             # The head may read features that need no gradient: its hooks see outputs alone, as Opacus needs.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -118,13 +129,23 @@ class Gradients:
             self._add(lane)
         return sum(losses)
 
+    def _lengths(self, number: int) -> Index:
+        """How much each record of a step takes, in tokens; (records,)."""
+        rows = self._steps[number].rows
+        if self._contexts is not None and self._contexts.encoded.dim() == 2:  # a vector is left of all of its tokens
+            return np.full(len(rows), _VECTOR)
+        return self._lanes[0].lengths[rows]
+
     def _run(self, lane: int, number: int, parts: Sequence[Index]) -> float:
         model, private, step = self._lanes[lane], self._private[lane], self._steps[number]
-        contexts = None if self._contexts is None else self._contexts[number]
+        fixed = self._contexts
         weights, total = torch.from_numpy(step.weights), 0.0
         for part in parts:
             rows, owners = step.rows[part], torch.from_numpy(step.owners[part])
-            context = model.contexts(rows, owners) if contexts is None else contexts[torch.from_numpy(part)]
+            if fixed is None:
+                context = model.contexts(rows, owners)
+            else:
+                context = fixed.encoded[torch.from_numpy(fixed.places[number][part])]
             losses = model.losses(context, rows, owners)
             if private is None:
                 (losses * weights[torch.from_numpy(part)]).sum().backward()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedpers.cohort.batching import Step
-from fedpers.cohort.gradients import Gradients, RecordProtection
+from fedpers.cohort.gradients import Contexts, Gradients, RecordProtection
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.config import FAMILY, TrainConfig
 from fedpers.plan import encodes
@@ -135,15 +135,15 @@ def step_size(settings: TrainConfig, group: str) -> float:
     return float(getattr(settings.lr, FAMILY[group]))
 
 
-def _fixed_contexts(model: CohortModel, train: Sequence[str], steps: Sequence[Step]) -> list[Tensor] | None:
+def _fixed_contexts(model: CohortModel, train: Sequence[str], steps: Sequence[Step]) -> Contexts | None:
     """Encode once what the steps will read, when no adapter moves in this phase; else None."""
     if encodes(tuple(train)) and model.lora is not None:
         return None
     rows = np.concatenate([step.rows for step in steps] or [np.zeros(0, np.int64)])
     owners = np.concatenate([step.owners for step in steps] or [np.zeros(0, np.int64)])
     unique, first, place = np.unique(rows, return_index=True, return_inverse=True)
-    encoded = model.all_contexts(unique, owners[first])[torch.from_numpy(place)]
-    return list(torch.split(encoded, [len(step.rows) for step in steps]))
+    ends = np.cumsum([len(step.rows) for step in steps])
+    return Contexts(model.all_contexts(unique, owners[first]), np.split(place, ends[:-1]))
 
 
 def _gradient_hook(weights: Mapping[str, torch.nn.Parameter], rule: StepRule) -> Callable[[], None]:

@@ -14,14 +14,18 @@ from fedpers.config.refused import REFUSED
 from fedpers.config.run import Config
 from fedpers.errors import ConfigError
 
+_GRID = {"product", "zip", "variants"}  # keys of a grid file (sweep/grid.py) and of no configuration
+
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `key.path=value` overrides (values are YAML).
 
     Raises:
-        ConfigError: no such file, broken YAML, unknown key, or a value that is not allowed.
+        ConfigError: no such file, broken YAML, a grid file, unknown key, or a value that is not allowed.
     """
     tree = {} if path is None else read_tree(Path(path))
+    if _GRID & tree.keys():
+        raise ConfigError(f"{path} asks for many runs; `fedpers sweep {path}` makes them, `fedpers run` makes one.")
     for text in overrides:
         override(tree, text)
     where = "configuration" if path is None else f"{Path(path)} with overrides" if overrides else str(Path(path))
