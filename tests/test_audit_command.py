@@ -90,7 +90,7 @@ def test_inversion_is_tried_where_it_is_strongest(tiny: Tiny) -> None:
 def test_the_figure_shows_every_epsilon_and_nothing_else(tmp_path: Path) -> None:
     rates = {"span_recall": 1.0, "nearest_recall": 1.0, "optimization_recall": 0.5, "chance": 0.1}
     rows = [finding(), finding(claimed=float("inf"), verdict="powerless"), finding(kind="check", empirical=1.0)]
-    (png, svg) = claimed_and_found(rows, {"without DP": rates, "with DP": rates}, tmp_path, "t")
+    png, svg, _ = claimed_and_found(rows, {"without DP": rates, "with DP": rates}, tmp_path, "t")
     assert png.stat().st_size > 1000
     assert svg.exists()
     assert claimed_and_found([finding(kind="check")], {}, tmp_path / "none", "t") == []

@@ -50,7 +50,7 @@ def test_more_records_make_a_better_model_of_somebody_new(run: Run, tmp_path: Pa
     assert len(table) == 3 * 2 * 36
     np.testing.assert_allclose(table[(table.kind == "own") & (table.records == 8)]["rmse"].mean(), own[2])
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "cold_start.parquet", "cold_start.json", "cold_start.png", "cold_start.svg",
+        "cold_start.parquet", "cold_start.json", "cold_start.pdf", "cold_start.png", "cold_start.svg",
     }  # fmt: skip
 
 

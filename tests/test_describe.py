@@ -49,7 +49,7 @@ def test_describe_counts_what_is_there(fedpers: Command, tmp_path: Path) -> None
     assert re.search(r"^public pool +120 texts$", out, re.MULTILINE)
     assert f"a claim leaves out  {federation.facts[0]}" in out
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert written == ["records_per_user.png", "records_per_user.svg"]
+    assert written == ["records_per_user.pdf", "records_per_user.png", "records_per_user.svg"]
     assert all(str(tmp_path / "figures" / name) in out for name in written)
 
 

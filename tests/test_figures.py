@@ -71,12 +71,14 @@ def cells(unit: str = "record") -> list[FrontierCell]:
 
 
 def assert_drawn(paths: list[Path]) -> None:
-    assert [path.suffix for path in paths] == [".png", ".svg"]
+    assert [path.suffix for path in paths] == [".png", ".svg", ".pdf"]
     pixels = imread(paths[0])
     assert pixels.shape[0] > 400
     assert pixels.shape[1] > 800
     assert 0.005 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.6
     assert paths[1].read_text().lstrip().startswith("<?xml")
+    assert paths[2].read_bytes().startswith(b"%PDF")
+    assert b"Date" not in paths[2].read_bytes()
 
 
 def test_all_figures_are_drawn_and_have_the_same_bytes_twice(tmp_path: Path) -> None:
@@ -88,11 +90,11 @@ def test_all_figures_are_drawn_and_have_the_same_bytes_twice(tmp_path: Path) -> 
             + learning_curve(rounds(), {"zero_shot": 0.24, "local": 0.39, "own": 0.46}, CLAIM, place)
             + frontier(cells(), place, "Privacy and utility, 90 users, 1 seed")
         )
-    assert len(written[0]) == 6
+    assert len(written[0]) == 9
     for one, two in zip(*written, strict=True):
         assert one.read_bytes() == two.read_bytes()
-    for start in (0, 2, 4):
-        assert_drawn(written[0][start : start + 2])
+    for start in (0, 3, 6):
+        assert_drawn(written[0][start : start + 3])
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in written[0]}
 
 
@@ -108,7 +110,7 @@ def test_gain_from_one_user_to_thousands(tmp_path: Path, changes: dict[str, int]
 
 
 def test_gain_in_a_metric_without_null(tmp_path: Path) -> None:
-    (path, svg) = per_user_gain(users(), CLAIM, tmp_path, metric="loss", higher_is_better=False)
+    (path, svg, _) = per_user_gain(users(), CLAIM, tmp_path, metric="loss", higher_is_better=False)
     assert path.stat().st_size > 10_000
     assert svg.exists()
 

@@ -125,7 +125,7 @@ def test_the_picture_has_a_row_for_everyone(tmp_path: Path) -> None:
         Panel("user-level", rows, {"fedavg": 0.5, "zero_shot": 0.4}, ["flora"]),
     ]
     written = forest(panels, tmp_path, "title")
-    assert [path.name for path in written] == ["methods.png", "methods.svg"]
+    assert [path.name for path in written] == ["methods.png", "methods.svg", "methods.pdf"]
     assert all(path.stat().st_size > 5000 for path in written)
     again = forest(panels, tmp_path / "again", "title")
     assert [path.read_bytes() for path in written] == [path.read_bytes() for path in again]

@@ -103,7 +103,8 @@ def test_the_directory_holds_what_it_should_and_nothing_else(fedper: Run) -> Non
     assert names == {*REPRODUCED, "summary.json", "timing.jsonl"}
     assert {item.name for item in (fedper.path / "adapters").iterdir()} == {"shared"}
     figures = {item.name for item in (fedper.path / "figures").iterdir()}
-    assert figures == {f"{name}.{kind}" for name in ("gain_over_global", "learning_curve") for kind in ("png", "svg")}
+    names = ("gain_over_global", "learning_curve")
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")}
     assert (fedper.path / "figures" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (fedper.path / "figures" / "gain_over_global.svg").read_bytes()
 

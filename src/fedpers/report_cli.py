@@ -9,7 +9,9 @@ import typer
 
 
 def report(
-    run_directory: Annotated[Path, typer.Argument(help="A finished run.", show_default=False)],
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run, or a sweep.", show_default=False)
+    ],
     out: Annotated[
         Path | None, typer.Option(help="An .html file; by default RUN/report.html.", show_default=False)
     ] = None,
@@ -17,10 +19,12 @@ def report(
         bool, typer.Option("--public", help="Leave out single users and all that was measured without noise.")
     ] = False,
 ) -> None:
-    """Write one HTML page about a finished run: claim, results, figures, users, how to repeat it, whom to cite."""
+    """Write one HTML page about a run or a sweep: claims, results, figures, users, how to repeat it, whom to cite."""
     from fedpers.report.page import write_report
+    from fedpers.report.sweep_page import is_sweep, write_sweep_report
 
-    typer.echo(write_report(run_directory, out, public=public))
+    write = write_sweep_report if is_sweep(run_directory) else write_report
+    typer.echo(write(run_directory, out, public=public))
 
 
 def compare(

@@ -56,6 +56,7 @@ def sweep(
 
 def _print(done: Sweep) -> None:
     from fedpers.sweep.cells import label
+    from fedpers.sweep.pictures import FOLDER
     from fedpers.sweep.results import RESULTS, USERS
 
     out = Console()
@@ -66,6 +67,7 @@ def _print(done: Sweep) -> None:
     if done.results is not None:
         out.print(_table(done.results.to_pylist()))
         lines += [f"results: {done.path / RESULTS}", f"users: {done.path / USERS}"]
+        lines += [f"figures: {done.path / FOLDER}"] if done.results.num_rows else []
     if done.stopped is not None:
         lines += [f"stopped: {done.stopped}; mend that and continue with the same command"]
     for line in lines:

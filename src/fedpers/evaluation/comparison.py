@@ -104,7 +104,7 @@ def against(methods: Mapping[str, Scores], reference: Scores, level: float = LEV
             p_value=one.p_value,
             p_corrected=p,
             detectable=minimum_detectable_effect(without_dust(gains), level=level / len(found)),
-            verdict=_verdict(p, (one.mean_gain, *seed_gains), level),
+            verdict=verdict(p, (one.mean_gain, *seed_gains), level),
         )
     return result
 
@@ -127,7 +127,8 @@ def reading(found: Mapping[str, Versus], reference: str) -> str:
     return f"{said}. Found would be, with 80% power, differences of {_span(known)}."
 
 
-def _verdict(p_corrected: float, gains: Iterable[float], level: float) -> Verdict:
+def verdict(p_corrected: float, gains: Iterable[float], level: float) -> Verdict:
+    """Say what a corrected p may be taken for, given the mean gain and that of each seed."""
     # The test knows the spread over people, not over runs: a difference that changes its sign with the seed is none.
     signs = {float(np.sign(gain)) for gain in gains}
     if p_corrected >= level or len(signs) != 1 or signs == {0.0}:

@@ -96,9 +96,10 @@ def write_table(table: pa.Table, path: Path) -> Path:
 def pair(table: pa.Table, other: str, metric: str = "accuracy", *, higher_is_better: bool = True) -> Pair | None:
     """Align own with the model kind `other`; None if either kind is absent or no user has both.
 
-    Raises DataError if the metric is missing, a user lacks a seed, or record counts contradict the accuracy.
+    The table is that of a run, or the rows of runs of a sweep that differ in their seed alone. Raises DataError if the
+    metric is missing, a user lacks a seed, or record counts contradict the accuracy.
     """
-    own_rows, other_rows = _rows(table, "own", metric), _rows(table, other, metric)
+    own_rows, other_rows = rows_of(table, "own", metric), rows_of(table, other, metric)
     if own_rows is None or other_rows is None:
         return None
     if not np.array_equal(own_rows["seed"][:, 0], other_rows["seed"][:, 0]):
@@ -112,7 +113,8 @@ def pair(table: pa.Table, other: str, metric: str = "accuracy", *, higher_is_bet
         raise DataError(f"Kinds 'own' and {other!r} were evaluated on different test records of the same users.")
     only_own, only_other = other_rows["only_own"][:, theirs], other_rows["only_other"][:, theirs]
     explained = np.allclose((own - second) * records, only_own - only_other, rtol=0, atol=1e-3)
-    if metric == "accuracy" and not explained:
+    known = np.isfinite(only_own).all()  # null in the tables of a sweep, whose baseline is a run of its own
+    if metric == "accuracy" and known and not explained:
         raise DataError(f"only_own and only_other do not add up to the gain in accuracy of own over {other!r}.")
     counted = explained and higher_is_better
     return Pair(users, own, second, records, only_own if counted else None, only_other if counted else None)
@@ -132,7 +134,7 @@ def summarize(
     metrics: dict[str, dict[str, Any]] = {}
     comparisons: dict[str, Comparison] = {}
     for kind in KINDS:
-        rows = _rows(table, kind, metric)
+        rows = rows_of(table, kind, metric)
         if rows is None:
             continue
         values, eligible = rows[metric], (rows["test_records"] >= MINIMUM_RECORDS).all(axis=0)
@@ -245,7 +247,7 @@ def _place(row: Mapping[str, Any]) -> tuple[int, int, int]:
     return row["seed"], row["user"], KINDS.index(row["kind"])
 
 
-def _rows(table: pa.Table, kind: str, metric: str) -> dict[str, Any] | None:
+def rows_of(table: pa.Table, kind: str, metric: str) -> dict[str, Any] | None:
     """Columns of one model kind as `(seeds, users)` arrays, or None if the kind is absent."""
     names = ("seed", "user", "test_records", "only_own", "only_other", metric)
     missing = [name for name in (*names, "kind") if name not in table.column_names]

@@ -5,7 +5,7 @@ The unit of every number here is the user: each user counts once, whatever the n
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -155,7 +155,7 @@ def compare(
         n_users=gains.shape[1],
         mean_gain=interval.mean,
         ci95=(interval.low, interval.high),
-        p_value=_signed_rank(gains.mean(axis=0)),
+        p_value=signed_rank(gains.mean(axis=0)),
         minimum_detectable_effect=minimum_detectable_effect(gains),
         minimum_records=minimum_records,
         n_eligible=int(eligible.sum()),
@@ -178,16 +178,38 @@ def null_band(test_records: ArrayLike, discordant: ArrayLike, rng: np.random.Gen
     """
     records, flips = _counts(test_records, "test_records"), _counts(discordant, "discordant")
     _check_discordant(flips, records)
-    users = records.size
-    permutations = min(PERMUTATIONS, max(200, 20_000_000 // users))
-    curves = np.concatenate(
-        [
-            np.sort(chunk, axis=1).astype(np.float32)
-            for chunk in _null_gains(records.ravel(), flips.ravel(), rng, permutations)
-        ]
-    )
-    low, high = np.quantile(curves, [0.025, 0.975], axis=0)
+    permutations = _permutations(records.size)
+    return _pointwise(_null_gains(records.ravel(), flips.ravel(), rng, permutations))
+
+
+def sign_flip_band(gains: ArrayLike, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Band of the sorted per-user gains if each user's gain might as well have had the other sign.
+
+    The null of a paired test by sign flips (Fisher, The Design of Experiments, 1935), for metrics that are not counted
+    record by record. `gains` is `(users,)`; returns what `null_band` does, from as many permutations. Raises DataError
+    as `mean_interval` does.
+    """
+    values = _grid(gains).ravel()
+    return _pointwise(_flipped(values, rng, _permutations(values.size)))
+
+
+def _permutations(users: int) -> int:
+    return min(PERMUTATIONS, max(200, 20_000_000 // users))
+
+
+def _pointwise(curves: Iterable[Floats]) -> tuple[Floats, Floats]:
+    """Central 95% at each rank of curves that come in chunks `(permutations, users)`, unsorted."""
+    ordered = np.concatenate([np.sort(chunk, axis=1).astype(np.float32) for chunk in curves])
+    low, high = np.quantile(ordered, [0.025, 0.975], axis=0)
     return low.astype(np.float64), high.astype(np.float64)
+
+
+def _flipped(gains: Floats, rng: np.random.Generator, number: int) -> Iterator[Floats]:
+    """Draw `number` times other signs for the gains of `(users,)`, in chunks `(permutations, users)`."""
+    step = max(1, _CHUNK // gains.size)
+    for start in range(0, number, step):
+        kept = rng.random((min(step, number - start), gains.size)) < 0.5
+        yield np.where(kept, gains, -gains)
 
 
 def _null_gains(records: Integers, discordant: Integers, rng: np.random.Generator, number: int) -> Iterator[Floats]:
@@ -229,7 +251,8 @@ def _lowest_tenth(grid: Floats) -> Floats:
     return tenth
 
 
-def _signed_rank(gains: Floats) -> float:
+def signed_rank(gains: Floats) -> float:
+    """Return p of the two-sided Wilcoxon signed-rank test, zeros by Pratt, of gains `(users,)`; 1 if all are zero."""
     gains = without_dust(gains)
     if not gains.any():
         return 1.0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -41,6 +42,20 @@ def claimed_and_found(
         _draw_inversion(axes[-1], inversion)
     draw_title(fig, title)
     return save(fig, directory, "audit")
+
+
+def claimed_and_found_of_runs(audits: Mapping[str, Sequence[Finding]], directory: Path, title: str) -> list[Path]:
+    """Draw the bounds of several runs' audits, by the run's name, as `claimed_and_found` does; returns the paths.
+
+    Estimates are left out: they bound nothing, and of many runs the largest is the luckiest.
+    """
+    bounds = [
+        replace(one, name=f"{run} (per {one.unit})\n{one.name}")
+        for run, found in audits.items()
+        for one in found
+        if one.kind == "bound"
+    ]
+    return claimed_and_found(bounds, {}, directory, f"{title}\n{len(bounds)} bounds, of which each holds with 95%")
 
 
 def _draw_epsilons(ax: Axes, rows: Sequence[Finding]) -> None:

@@ -24,7 +24,7 @@ def cold_start_curve(
         people: how many there are; the same at each point.
         lines: by model kind (records, mean, low, high), in order of records.
         references: means that do not hang on the number of records, by model kind.
-        directory: gets `cold_start` as .png and .svg.
+        directory: gets `cold_start` as .png, .svg and .pdf.
 
     Raises:
         DataError: no line.

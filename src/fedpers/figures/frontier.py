@@ -70,7 +70,7 @@ def frontier(cells: Sequence[FrontierCell], directory: Path, title: str, metric:
         _draw_method(ax, mine, positions, shift, dodge, method_look(method, index))
     if private and math.inf in positions:
         ax.axvline((ordered[-2] + ordered[-1]) / 2, color="#9A9A9A", linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
-    ax.set_xticks(ordered, [_tick(epsilon) for epsilon in positions])
+    ax.set_xticks(ordered, [tick(epsilon) for epsilon in positions])
     ax.set_xlim(ordered[0] - 0.5 * spacing, ordered[-1] + 0.5 * spacing)
     ax.grid(visible=False, axis="x")
     ax.margins(y=0.08)
@@ -143,5 +143,6 @@ def _axis_label(private: Sequence[FrontierCell]) -> str:
     return f"{label}\n{wrap(wordings.pop())}" if len(wordings) == 1 else label
 
 
-def _tick(epsilon: float) -> str:
+def tick(epsilon: float) -> str:
+    """Name an epsilon on the axis, rounded up."""
     return rounded_up(epsilon).rstrip("0").rstrip(".") if math.isfinite(epsilon) else "∞\n(no privacy)"

@@ -17,6 +17,7 @@ from fedpers.evaluation.statistics import (
     NullRange,
     compare,
     null_band,
+    sign_flip_band,
     without_dust,
 )
 from fedpers.figures.style import BLUE, GREY, VERMILLION, legend, new_figure, save, style, title, wrap
@@ -36,9 +37,9 @@ def per_user_gain(
     """Draw the users sorted by their gain of own over `against` and return the written paths.
 
     Only users with at least 10 test records are drawn; the band is the permutation null of `statistics.compare`, and
-    is left out for a metric that is not 0/1. With several seeds each is one sorted curve; markers and band belong to
-    the first. Returns [] and writes nothing if either kind is missing or no user has enough records. Raises DataError
-    as `per_user.pair` does.
+    for a metric that is not 0/1 that of `statistics.sign_flip_band`. With several seeds each is one sorted curve;
+    markers and band belong to the first. Returns [] and writes nothing if either kind is missing or no user has enough
+    records. Raises DataError as `per_user.pair` does.
     """
     both = pair(table, against, metric, higher_is_better=higher_is_better)
     if both is None:
@@ -60,7 +61,7 @@ def per_user_gain(
     curves = np.sort(without_dust(difference[:, eligible]), axis=1)
     fig = new_figure(7.2, 4.6)
     ax = fig.add_subplot()
-    _draw_band(ax, both, eligible, rng)
+    _draw_band(ax, both, eligible, difference[0, eligible], rng)
     for curve in curves[1:]:
         ax.plot(np.arange(1, curve.size + 1), curve, color=GREY, linewidth=0.7, zorder=2)
     _draw_users(ax, curves[0], found)
@@ -75,17 +76,18 @@ def per_user_gain(
     return save(fig, directory, f"gain_over_{against}")
 
 
-def _draw_band(ax: Axes, both: Pair, eligible: NDArray[np.intp], rng: np.random.Generator) -> None:
+def _draw_band(ax: Axes, both: Pair, eligible: NDArray[np.intp], gains: Floats, rng: np.random.Generator) -> None:
+    label = "sign flips, 95%"
     if both.only_own is None or both.only_other is None:
-        return
-    discordant = both.only_own[0, eligible] + both.only_other[0, eligible]
-    low, high = null_band(both.test_records[0, eligible], discordant, rng)
+        low, high = sign_flip_band(gains, rng)
+    else:
+        label = "coin flips, 95%"
+        discordant = both.only_own[0, eligible] + both.only_other[0, eligible]
+        low, high = null_band(both.test_records[0, eligible], discordant, rng)
     # Half a rank more on both sides: a single user is a band, not a line.
     ranks = np.concatenate([[0.5], np.arange(1, low.size + 1), [low.size + 0.5]])
     low, high = np.pad(low, 1, mode="edge"), np.pad(high, 1, mode="edge")
-    ax.fill_between(
-        ranks, low, high, facecolor="#D4D4D4", edgecolor="#A0A0A0", linewidth=0.6, zorder=1, label="coin flips, 95%"
-    )
+    ax.fill_between(ranks, low, high, facecolor="#D4D4D4", edgecolor="#A0A0A0", linewidth=0.6, zorder=1, label=label)
 
 
 def _draw_users(ax: Axes, curve: Floats, found: Comparison) -> None:

@@ -20,7 +20,7 @@ def records_per_user(train: Sequence[int], test: Sequence[int], label: str, dire
         train: one number per user, each 1 or more.
         test: the same for testing; each of the two is sorted for itself.
         label: of whom, in one line.
-        directory: gets `records_per_user` as .png and .svg.
+        directory: gets `records_per_user` as .png, .svg and .pdf.
 
     Raises:
         DataError: no users, or a user without records.

@@ -36,8 +36,15 @@ _SETTINGS: Any = {  # Any: newer stubs of matplotlib type the keys as literals, 
     "text.parse_math": False,  # a dollar sign in a label is a dollar sign
     "svg.fonttype": "path",
     "svg.hashsalt": "fedpers",  # without it the ids inside an SVG are random
+    "pdf.fonttype": 42,  # text stays text, in fonts that every printer and journal takes
 }
 
+
+_FORMATS: Any = {  # with what would otherwise be a date, or name a version
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
 
 LineStyle = str | tuple[float, tuple[float, ...]]
 
@@ -112,16 +119,17 @@ def wrap(text: str, width: int = 96) -> str:
 
 
 def save(fig: Figure, directory: Path, name: str) -> list[Path]:
-    """Write `name`.png (150 dpi) and `name`.svg and return their paths.
+    """Write `name`.png (150 dpi), `name`.svg and `name`.pdf and return their paths.
 
     No date, version or random id goes in, so equal figures are equal files. Raises RunDirectoryError if the directory
     cannot be written.
     """
     written = []
     with style():
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        for suffix, metadata in _FORMATS.items():
             content = io.BytesIO()
             fig.savefig(content, format=suffix, dpi=150, metadata=metadata)
+            fig.set_layout_engine("none")  # the first has laid it out; that is most of the time
             path, part = directory / f"{name}.{suffix}", directory / f".{name}.{suffix}.part"
             try:
                 directory.mkdir(parents=True, exist_ok=True)

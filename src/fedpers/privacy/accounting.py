@@ -157,6 +157,11 @@ def cross_check(events: Iterable[GaussianEvent], delta: float) -> dict[str, floa
         return {"rdp": 0.0, "prv": 0.0}
     if any(event.noise_multiplier == 0 for event in merged):
         return {"rdp": math.inf}
+    return dict(_opinions(merged, delta))
+
+
+@lru_cache(maxsize=256)  # the runs of a sweep at one level have the same events
+def _opinions(merged: tuple[GaussianEvent, ...], delta: float) -> dict[str, float]:
     history = [(event.noise_multiplier, event.sampling_rate, event.count) for event in merged]
     rdp = RDPAccountant()
     rdp.history = list(history)

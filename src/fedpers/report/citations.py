@@ -54,20 +54,18 @@ _WORK = re.compile(r"(?P<who>[^:]+): (?P<title>.+?), (?P<venue>[^,]*?) ?(?P<year
 _ARXIV = re.compile(r",? \(?arXiv[: ](\d{4}\.\d{4,5})\)?")
 
 
-def bibtex(config: Config) -> str:
-    """Return the entries of the method, model, data and programs of a run; a comment where nothing is known."""
-    backbone = public_name(config.model.backbone)
-    asset = ASSETS.get(backbone)
+def bibtex(*configs: Config) -> str:
+    """Return the entries of the methods, models, data and programs of runs; a comment where nothing is known."""
     parts = [
-        method_entry(config.method),
-        asset.citation if asset else f"% model {backbone}: no citation is known here",
-        data_entry(config.data.name),
+        *(method_entry(config.method) for config in configs),
+        *(_model_entry(config.model.backbone) for config in configs),
+        *(data_entry(config.data.name) for config in configs),
         _fedpers(),
         FLOWER,
-        OPACUS if config.privacy.unit != "none" else "",
-        PEFT if _adapts(config) else "",
+        OPACUS if any(config.privacy.unit != "none" for config in configs) else "",
+        PEFT if any(map(_adapts, configs)) else "",
     ]
-    return "\n".join([HEAD, *filter(None, parts)]) + "\n"
+    return "\n".join(dict.fromkeys([HEAD, *filter(None, parts)])) + "\n"
 
 
 def method_entry(name: str) -> str:
@@ -86,6 +84,12 @@ def method_entry(name: str) -> str:
     who, title = work.groups() if work else (cited["who"], f"({name})")
     arxiv = _ARXIV.match(text[work.end() :]) if work else None
     return _entry(f"{first}{cited['year']}{name}", who, title, cited["venue"], cited["year"], arxiv and arxiv[1])
+
+
+def _model_entry(backbone: str) -> str:
+    name = public_name(backbone)
+    asset = ASSETS.get(name)
+    return asset.citation if asset else f"% model {name}: no citation is known here"
 
 
 def data_entry(name: str) -> str:

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedpers.errors import ConfigError, RunDirectoryError
+from fedpers.privacy.claim import rounded_up
 
 SHOWN = 2000  # rows of a table that are in the page at once
 
@@ -24,7 +25,9 @@ def render(template: str, **values: Any) -> str:
         loader=PackageLoader("fedpers.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "signed": signed, "interval": interval, "p": p_value}
+    environment.filters |= {
+        "number": number, "signed": signed, "interval": interval, "p": p_value, "epsilon": epsilon, "short": short,
+    }  # fmt: skip
     style, script = (_part(name) for name in ("page.css", "table.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(
@@ -73,6 +76,18 @@ def signed(value: float) -> str:
 def interval(pair: tuple[float, float]) -> str:
     """A 95% interval."""
     return f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+def epsilon(value: float | None) -> str:
+    """An epsilon, never less than it is, or a dash where there is none."""
+    if value is None:
+        return "–"
+    return "∞" if math.isinf(value) else rounded_up(value)
+
+
+def short(value: float | None) -> str:
+    """A parameter, or a dash where there is none."""
+    return "–" if value is None else f"{value:.6g}"
 
 
 def p_value(value: float) -> str:

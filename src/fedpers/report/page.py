@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import yaml
@@ -16,9 +14,9 @@ from markupsafe import Markup
 from fedpers.config import dump_config
 from fedpers.errors import RunDirectoryError
 from fedpers.evaluation.per_user import NAMES
-from fedpers.privacy.claim import Claim, rounded_up
+from fedpers.privacy.claim import Claim
 from fedpers.report.citations import bibtex
-from fedpers.report.html import render, write_page
+from fedpers.report.html import epsilon, render, short, write_page
 from fedpers.report.stored import Values, read_run, read_users
 from fedpers.report.tables import UserTable, user_table
 from fedpers.run_directory import without_folders
@@ -105,7 +103,7 @@ def collect(path: Path, *, public: bool = False) -> Page:
         forecast=None if run.forecast is None else run.forecast.sentence,
         results=None if public else _results(run),
         configuration=yaml.safe_dump(without_folders(tree) if public else tree, sort_keys=False, allow_unicode=True),
-        environment=_environment(environment),
+        environment=environment_facts(environment),
         command=f"fedpers run config.yaml seed={config.seed} --out {config.name}-again",
         citations=bibtex(config),
     )
@@ -113,19 +111,19 @@ def collect(path: Path, *, public: bool = False) -> Page:
 
 def claim_facts(claim: Claim) -> Pairs:
     """Return a claim point by point."""
-    checks = ", ".join(f"{name} {_epsilon(value)}" for name, value in claim.cross_check.items())
+    checks = ", ".join(f"{name} {epsilon(value)}" for name, value in claim.cross_check.items())
     facts = {
         "one protected unit": claim.unit,
-        "ε": _epsilon(claim.epsilon),
-        "δ": _or_dash(claim.delta),
+        "ε": epsilon(claim.epsilon),
+        "δ": short(claim.delta),
         "who adds the noise": claim.trust,
         "neighbouring data": claim.adjacency,
         "protected against": "; ".join(claim.protected_against) or "nobody",
         "not protected against": "; ".join(claim.not_protected_against),
         "sampling": claim.sampler,
         "noise": claim.mechanism,
-        "noise multiplier": _or_dash(claim.sigma),
-        "clip": _or_dash(claim.clip),
+        "noise multiplier": short(claim.sigma),
+        "clip": short(claim.clip),
         "releases": str(claim.rounds),
         "accountant": claim.accountant,
         "other accountants": checks or "–",
@@ -138,13 +136,17 @@ def claim_facts(claim: Claim) -> Pairs:
 def _results(run: Run) -> Results:
     summary = run.summary
     users = user_table(read_users(run), summary["metric"], higher_is_better=summary["higher_is_better"])
-    return Results(summary, NAMES, _figures(run.path / "figures"), users)
+    return Results(summary, NAMES, read_figures(sorted((run.path / "figures").glob("*.svg"))), users)
 
 
-def _figures(folder: Path) -> list[Figure]:
-    """Read the stored figures, each with ids of its own: they would name parts of each other in one page."""
+def read_figures(paths: Iterable[Path]) -> list[Figure]:
+    """Read stored SVGs, each with ids of its own: they would name parts of each other in one page.
+
+    Raises:
+        RunDirectoryError: a file is no SVG figure.
+    """
     found = []
-    for number, path in enumerate(sorted(folder.glob("*.svg"))):
+    for number, path in enumerate(paths):
         text = path.read_text(encoding="utf-8")
         try:
             whole = ElementTree.fromstring(text).tag.endswith("}svg")
@@ -157,14 +159,7 @@ def _figures(folder: Path) -> list[Figure]:
     return found
 
 
-def _environment(environment: Values) -> Pairs:
+def environment_facts(environment: Values) -> Pairs:
+    """Return what environment.json says, point by point."""
     flat = {key: value for key, value in environment.items() if key != "packages"} | environment["packages"]
     return [(key, str(value)) for key, value in flat.items()]
-
-
-def _epsilon(value: float) -> str:
-    return "∞" if math.isinf(value) else rounded_up(value)
-
-
-def _or_dash(value: Any) -> str:
-    return "–" if value is None else f"{value:.6g}"

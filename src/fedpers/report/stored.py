@@ -34,7 +34,7 @@ def read_run(path: Path) -> tuple[Run, Values]:
         )
     try:
         environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-        _check_version(path, str(environment["fedpers"]))
+        check_version(path, str(environment["fedpers"]))
         run = load(path, load_config(path / "config.yaml"))
         lacking = [name for name in NEEDED if name not in run.summary]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -52,8 +52,8 @@ def read_users(run: Run) -> pa.Table:
         raise RunDirectoryError(f"{run.path}/users.parquet is damaged or missing; restore it from a copy.") from error
 
 
-def _check_version(path: Path, made: str) -> None:
-    """Files keep their meaning within a minor version."""
+def check_version(path: Path, made: str) -> None:
+    """Raise RunDirectoryError unless this version reads it: files keep their meaning within a minor version."""
     here = version("fedpers")
     if made.split(".")[:2] != here.split(".")[:2]:
         raise RunDirectoryError(f"{path}: made by fedpers {made}, and this is {here}; use that version to look at it.")

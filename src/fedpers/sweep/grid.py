@@ -46,11 +46,15 @@ Axes = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of a sweep: its cells, and the local-only baselines that are no cells themselves."""
+    """The runs of a sweep: its cells, and the local-only baselines that are no cells themselves.
+
+    `tree` is the same grid as a file that needs no other one, without a secret.
+    """
 
     name: str
     cells: tuple[Cell, ...]
     baselines: tuple[Cell, ...]
+    tree: Tree
 
     @property
     def runs(self) -> tuple[Cell, ...]:
@@ -58,11 +62,12 @@ class Grid:
         return self.cells + self.baselines
 
     def to_yaml(self) -> str:
-        """Name the runs and their places on the axes; how each is configured lies beside its results."""
+        """Name the runs and their places on the axes, and the grid itself; each configuration is beside its results."""
         runs = [
             {"hash": one.address, "baseline": one.baseline, "coordinates": dict(one.coordinates)} for one in self.runs
         ]
-        return yaml.safe_dump({"name": self.name, "fedpers": version("fedpers"), "runs": runs}, sort_keys=False)
+        about = {"name": self.name, "fedpers": version("fedpers"), "runs": runs, "grid": self.tree}
+        return yaml.safe_dump(about, sort_keys=False)
 
 
 def read_grid(path: Path | str, overrides: Sequence[str] = ()) -> Grid:
@@ -103,7 +108,13 @@ def expand(tree: Tree, overrides: Sequence[str] = (), folder: Path = Path(), whe
     if not axes or not cells:
         raise ConfigError(f"{where}: has no cells; list values under product, zip or variants, and skip fewer.")
     _check_distinct(cells, where)
-    return Grid(name, tuple(cells), tuple(_baselines(cells)))
+    whole: Tree = {"name": name}
+    if named:
+        whole["variants"] = {one: {"base": _without_secret(starts[one]), **found} for one, found in changes.items()}
+    else:
+        whole["base"] = _without_secret(starts[""])
+    whole |= {key: tree[key] for key in ("product", "zip", "skip") if tree.get(key)}
+    return Grid(name, tuple(cells), tuple(_baselines(cells)), whole)
 
 
 def _baselines(cells: Sequence[Cell]) -> Iterable[Cell]:
@@ -130,6 +141,13 @@ def _base(base: Any, overrides: Sequence[str], folder: Path, where: str) -> Tree
     for text in overrides:
         override(tree, text)
     return tree
+
+
+def _without_secret(base: Tree) -> Tree:
+    found = copy.deepcopy(base)
+    if isinstance(found.get("privacy"), dict):
+        found["privacy"].pop("secret", None)
+    return found
 
 
 def _axes(tree: Tree, kind: str, where: str) -> Axes:

@@ -1,6 +1,6 @@
 """The directory of a sweep: what lies where, and how several processes share it.
 
-    grid.yaml                        the runs of the grid that was swept last, and where they stand on its axes
+    grid.yaml                        the grid that was swept last, its runs, and where they stand on its axes
     cells/HASH/                      a run directory for each run, whichever grid asked for it
     locks/HASH                       held by the process that runs it; the lock of a dead process is free
     refused.json, failed.json        what was not run or did not come to its end, and why
@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fedpers.errors import RunDirectoryError
 from fedpers.run_directory import RunDirectory
@@ -71,9 +73,12 @@ def _taken(descriptor: int, wait: bool) -> bool:
 
 
 def read(out: Path, name: str) -> Entries:
-    """Read refused.json or failed.json; nothing where there is none."""
+    """Read refused.json or failed.json; nothing where there is none. Raises RunDirectoryError for a damaged one."""
     path = out / name
-    found: Entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        found: Entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise RunDirectoryError(f"{path} is damaged; remove it, and `fedpers sweep` writes it anew.") from error
     return found
 
 
@@ -83,6 +88,26 @@ def write(out: Path, name: str, content: str | Entries) -> None:
     scratch = out / f".{name}.partial"
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(out / name)
+
+
+def read_grid(out: Path) -> dict[str, Any]:
+    """Read grid.yaml as `sweep.grid.Grid.to_yaml` wrote it.
+
+    Raises:
+        RunDirectoryError: `out` is no sweep, or the file is damaged.
+    """
+    path = out / GRID
+    if not path.exists():
+        raise RunDirectoryError(f"{out}: no sweep is here, {GRID} is missing; run `fedpers sweep` first.")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"name", "fedpers", "runs", "grid"}:
+        raise RunDirectoryError(
+            f"{path} is damaged or of an earlier version; the same `fedpers sweep` mends it and runs nothing twice."
+        )
+    return found
 
 
 def note_failure(out: Path, address: str, entry: dict[str, Any] | None) -> None:

@@ -7,6 +7,7 @@ its own, with a row of its own; in the rows of the runs that it belongs to it is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
 from fedpers.config import FAMILIES, load_config
-from fedpers.errors import DataError, RunDirectoryError
+from fedpers.errors import DataError, LedgerError
 from fedpers.evaluation.per_user import KINDS, write_table
 from fedpers.evaluation.statistics import Comparison, compare
+from fedpers.run_directory import MEMBERS
 from fedpers.simulation import Run, load
 from fedpers.sweep import place
+from fedpers.sweep.cells import label
 
 RESULTS, USERS = "results.parquet", "users.parquet"
 _TEXT, _NUMBER, _COUNT = pa.string(), pa.float64(), pa.int64()
@@ -52,35 +54,41 @@ def collect(out: Path) -> tuple[pa.Table, pa.Table]:
     The first has a row per run: coordinates, claim, what `summary.json` holds, noise over update, bytes and seconds
     (the one column that differs between two sweeps with the same secret). `gain_over_KIND` is the mean gain of own over
     another kind with a 95% interval, p by the paired test of `statistics.compare`, users helped, tied and harmed, and
-    the smallest gain that would be seen with 80% power. The second has a row per run, user and kind.
+    the smallest gain that would be seen with 80% power. The second has a row per run, user and kind, where `user`
+    is a position in the run and `person` the same for the same person in all runs.
 
     Raises:
         RunDirectoryError: `out` is no sweep, or cannot be written.
-        LedgerError: the claim of a run is not what its ledger gives.
+        LedgerError: the claim of a run is not what its ledger gives; the message names the run.
     """
-    if not (out / place.GRID).exists():
-        raise RunDirectoryError(f"{out}: no sweep is here, {place.GRID} is missing; run `fedpers sweep` first.")
+    runs = place.read_grid(out)["runs"]
     with place.locked(out):
-        runs = yaml.safe_load((out / place.GRID).read_text(encoding="utf-8"))["runs"]
         columns = {axis: axis.replace(".", "_") for run in runs for axis in run["coordinates"]}
         columns = {axis: column for axis, column in columns.items() if column not in FIXED}
-        finished = [run["hash"] for run in runs if place.cell(out, run["hash"]).finished]
-        paths = {address: place.cell(out, address).path for address in finished}
-        stored = {address: load(path, load_config(path / "config.yaml")) for address, path in paths.items()}
+        stored = {run["hash"]: _stored(out, run) for run in runs if place.cell(out, run["hash"]).finished}
         rows, tables = [], []
+        numbers: dict[str, int] = {}
         for run in runs:
             if (one := stored.get(run["hash"])) is None:
                 continue
             which = _which(run, one) | {column: run["coordinates"].get(axis) for axis, column in columns.items()}
             local = stored.get(run["baseline"])
             rows.append(which | _row(one, local))
-            tables.append(_labelled(_with_local(one, local), which))
+            tables.append(_labelled(_numbered(_with_local(one, local), one, numbers), which))
         schema = _WHICH | dict.fromkeys(columns.values(), _TEXT)
         results = pa.Table.from_pylist(rows, schema=pa.schema(list((schema | FIXED).items())))
         users = _joined(tables, schema)
         write_table(results, out / RESULTS)
         write_table(users, out / USERS)
     return results, users
+
+
+def _stored(out: Path, run: Mapping[str, Any]) -> Run:
+    path = place.cell(out, run["hash"]).path
+    try:
+        return load(path, load_config(path / "config.yaml"))
+    except LedgerError as error:
+        raise LedgerError(f"cell ({label(run['coordinates'])}): {error}") from error
 
 
 def _which(run: Mapping[str, Any], one: Run) -> dict[str, Any]:
@@ -138,6 +146,18 @@ def _with_local(one: Run, local: Run | None) -> pa.Table:
     return table.take(np.lexsort((kinds, table["user"].to_numpy())))
 
 
+def _numbered(table: pa.Table, one: Run, numbers: dict[str, int]) -> pa.Table:
+    """Add who each user is, by a number that is the same in all runs: at one position, seeds may have different people.
+
+    Where records are made when they are needed, positions are people.
+    """
+    users = table["user"].to_pylist()
+    if not one.config.data.lazy:
+        names = json.loads((one.path / "private" / MEMBERS).read_text(encoding="utf-8"))
+        users = [numbers.setdefault(names[user], len(numbers)) for user in users]
+    return _set(table, {"person": pa.array(users, _COUNT)})
+
+
 def _labelled(table: pa.Table, which: Mapping[str, Any]) -> pa.Table:
     """Put a run's coordinates beside each of its users."""
     rows = table.num_rows
@@ -150,7 +170,7 @@ def _joined(tables: list[pa.Table], first: Mapping[str, Any]) -> pa.Table:
     if not tables:
         return pa.schema(list(first.items())).empty_table()
     table = pa.concat_tables(tables, promote_options="default")
-    named = (*first, "user", "kind", "test_records", "train_records")
+    named = (*first, "person", "user", "kind", "test_records", "train_records")
     last = ("only_own", "only_other")
     metrics = sorted(set(table.column_names) - {*named, *last})
     return table.select([*named, *metrics, *last])

@@ -22,7 +22,7 @@ from fedpers.errors import FedpersError, PrivacyRefusal, RunDirectoryError
 from fedpers.experiment import Reuse, prepare
 from fedpers.reporting import BarReporter, Reporter
 from fedpers.simulation import simulate
-from fedpers.sweep import place, results
+from fedpers.sweep import pictures, place, results
 from fedpers.sweep.cells import Cell
 from fedpers.sweep.grid import Grid
 
@@ -67,7 +67,7 @@ class Sweep:
 
 
 def sweep(grid: Grid, out: Path | str, *, jobs: int = 1, reporter: Reporter | None = None) -> Sweep:
-    """Run what of a grid is not finished, then make the tables; a sweep that had to stop makes none.
+    """Run what of a grid is not finished, then make tables and figures; a sweep that had to stop makes none.
 
     Every cell is checked before the first is run. What a killed sweep left is continued, and what failed earlier is
     tried again. Data and the frozen part of the model are loaded once for the cells that share them, by each process.
@@ -93,11 +93,20 @@ def sweep(grid: Grid, out: Path | str, *, jobs: int = 1, reporter: Reporter | No
     else:
         inner = reporter if isinstance(reporter, BarReporter) else Reporter()  # lines for each round would drown these
         stopped = _run(todo, out, before, reuse, inner, progress.update)
-    table = results.collect(out)[0] if stopped is None else None
+    table = _tables(out) if stopped is None else None
     named = {cell.address for cell in grid.runs}
     failed = {address: entry for address, entry in place.read(out, place.FAILED).items() if address in named}
     finished = sum(place.cell(out, address).finished for address in named)
     return Sweep(out, len(named), finished, refused, failed, stopped, table)
+
+
+def _tables(out: Path) -> pa.Table:
+    """Make tables and figures; returns the results."""
+    table, _ = results.collect(out)
+    if table.num_rows:
+        with place.locked(out):
+            pictures.draw(out)
+    return table
 
 
 def _check(grid: Grid, out: Path, reuse: Reuse, reporter: Reporter) -> tuple[place.Entries, list[Job]]:
