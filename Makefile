@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint clean
+.PHONY: help quickstart test test-fast lint docs clean
 
 help: ## print these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,8 +26,11 @@ lint: $(INSTALLED) ## install, then check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## remove .venv and the caches of tools; runs and fetched assets stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+docs: $(INSTALLED) ## install, then make the documentation site, site/index.html; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d site/.trees . site
+
+clean: ## remove .venv, site and the caches of tools; runs and fetched assets stay
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints go in by -c, not by PIP_CONSTRAINT: that variable would also bind the isolated build, which needs

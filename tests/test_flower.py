@@ -29,12 +29,12 @@ from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
 from fedpers.evaluation.models import shared_metrics
 from fedpers.experiment import Experiment, Reuse, build_model, prepare
 from fedpers.flower import messages as wire
-from fedpers.flower import strategy as strategy_module
 from fedpers.flower.client_app import make_client_app
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, stock_strategy
 from fedpers.methods.base import PERSONAL, SHARED
 from fedpers.models.array_names import base_name
+from fedpers.privacy import guarantee as guarantee_module
 from fedpers.privacy import sampling, user_level
 from fedpers.privacy.ledger import Ledger
 from fedpers.reporting import Reporter
@@ -729,6 +729,19 @@ def test_no_message_holds_anything_personal(
             assert dict(message.content[wire.METRICS]) == {"num-examples": 1}
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (1, 384), (0, 5), (2, 3, 4)])
+def test_arrays_are_flowers_byte_for_byte(shape: tuple[int, ...]) -> None:
+    """And what another writes is read as Flower reads it: other types, and other orders in memory."""
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    flat = np.ascontiguousarray(values)
+    assert wire.to_record({"head.w": values}, ["head.w"])["head.w"] == Array(flat)
+    assert np.array_equal(wire.from_record(ArrayRecord({"head.w": Array(flat)}))["head.w"], flat)
+    for other in (flat.astype(np.float64), np.asfortranarray(flat), flat.astype(">f4")):
+        found = wire.from_record(ArrayRecord({"head.w": Array(other)}))["head.w"]
+        assert found.dtype == np.float32
+        assert np.array_equal(found, flat)
+
+
 def test_a_reply_with_other_names_cannot_be_built(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     here = world(method="fedper")
     clients = here.clients()
@@ -911,7 +924,7 @@ def test_noise_from_an_address_that_was_used_before_is_not_released(
 ) -> None:
     here = world(method="fedbabu", privacy=privacy)
     road = Road(here, tmp_path / "run")
-    for module in (strategy_module, user_level):
+    for module in (guarantee_module, user_level):
         monkeypatch.setattr(module, "fingerprint", lambda key, *address: "ab" * 32)
     with pytest.raises(LedgerError, match="noise key reuse"):
         road.go()

@@ -50,7 +50,7 @@ WORKLOADS = {
     1: Size("reply", 2, 64, "MiniLM ranks replies, adapters in the top 2 of 6 layers, 64 people", **MINILM),
     2: Size("reply", 6, 64, "MiniLM ranks replies, adapters in all 6 layers, 64 people", **MINILM),
     3: Size(
-        "next", 1, 10, "SmolLM2-135M writes the next message, adapters in the top 1 of 30 layers, 10 people", **SMOLLM
+        "next", 1, 4, "SmolLM2-135M writes the next message, adapters in the top 1 of 30 layers, 4 people", **SMOLLM
     ),
 }
 

@@ -46,17 +46,22 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME, numbered if taken.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="Also to csv, mlflow, tensorboard or wandb; may be repeated.")
+    ] = None,
 ) -> None:
     """Run a simulation and print who gains, the claim, and where the figures are."""
     from fedpers.config import load_config
     from fedpers.reporting import reporter
+    from fedpers.tracking import check_names
 
+    check_names(track or ())
     settings = load_config(config, overrides or [])  # before torch is imported: a typo is answered at once
     try:
         from fedpers.simulation import simulate
 
         with closing(reporter(Console(stderr=True), quiet)) as progress:
-            found = simulate(settings, out, resume=resume, reporter=progress)
+            found = simulate(settings, out, resume=resume, reporter=progress, track=track or ())
     except KeyboardInterrupt:
         typer.echo("fedpers: stopped; continue with the same command and --resume.", err=True)
         raise typer.Exit(130) from None

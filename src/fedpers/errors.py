@@ -31,3 +31,7 @@ class DataError(FedpersError):
 
 class RunDirectoryError(FedpersError):
     """A run directory cannot be written, resumed or exported."""
+
+
+class TrackingError(FedpersError):
+    """A tracker is unknown, not installed, cannot be started, or missed something of a run."""

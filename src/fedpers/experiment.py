@@ -92,8 +92,14 @@ def method_plan(name: str, config: Config) -> Plan:
     return plan(name, find("methods", name, Method), config)
 
 
-def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
+def prepare(config: Config, reuse: Reuse | None = None, federation: Federation | None = None) -> Experiment:
     """Load the federation, apply the method's table, check the guarantee. Trains nothing and loads no model.
+
+    Args:
+        config: what is to be run.
+        reuse: what to share with other runs in this process.
+        federation: the people, where they are not to be loaded: a node of a deployment knows its own user's records,
+            its server nobody's.
 
     Raises:
         FedpersError: whatever cannot be used or claimed, before any work is done.
@@ -106,7 +112,7 @@ def prepare(config: Config, reuse: Reuse | None = None) -> Experiment:
     key = _json(config, "data", "task", "seed")
     if key not in reuse.federations:
         _check_task(config)
-        federation = load(config, seed_key(config.seed))
+        federation = federation or load(config, seed_key(config.seed))
         task = find("tasks", config.task.name, Task)(config.task)  # type: ignore[type-abstract]
         some = federation.of(range(min(FEW, len(federation.users)))) if federation.lazy else federation
         reuse.federations[key] = federation, _examples(config, some, task), task
@@ -246,7 +252,10 @@ def check_separate(model: CohortModel) -> None:
     Raises:
         PrivacyRefusal: a task or a backbone in which one record shapes another's loss, so that clipping bounds nothing.
     """
-    rows = np.concatenate([model.examples.train[user][:2] for user in model.examples.people[:FEW]])
+    people = model.examples.people[:FEW]
+    if not people:
+        return  # the server of a deployment, whose nodes look for themselves
+    rows = np.concatenate([model.examples.train[user][:2] for user in people])
     owners = np.zeros_like(rows)
     generator = torch.Generator().manual_seed(0)
     model.load({n: t[None] + 0.1 * torch.randn(1, *t.shape, generator=generator) for n, t in model.initial.items()})

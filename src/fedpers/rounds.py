@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, RoundReport
 from fedpers.models.array_names import family_of
 from fedpers.privacy.ledger import Ledger
+from fedpers.privacy.ledger_lines import Secret
 from fedpers.privacy.randomness import fingerprint
 from fedpers.privacy.spending import BudgetSpent, spent
 from fedpers.reporting import Reporter
@@ -29,16 +31,45 @@ from fedpers.run_directory import Checkpoint, RunDirectory
 Arrays = dict[str, NDArray[np.float32]]
 
 
+@dataclass(frozen=True)
+class Away:
+    """Clients that are elsewhere: on Flower's Ray runtime, or on the users' own machines.
+
+    Attributes:
+        grid: the way to them; its node FIRST_NODE + position acts for the user at that position.
+        told: what every training message says besides arrays and round.
+        secret: where the keys come from.
+        timeout: seconds for which a round waits for answers.
+    """
+
+    grid: Any
+    told: Mapping[str, str]
+    secret: Secret
+    timeout: float
+
+
 def federate(
-    experiment: Experiment, clients: Clients, directory: RunDirectory, server_key: bytes, reporter: Reporter
+    experiment: Experiment,
+    clients: Clients,
+    directory: RunDirectory,
+    server_key: bytes,
+    reporter: Reporter,
+    track: Callable[[Sequence[dict[str, Any]]], None] = lambda history: None,
+    away: Away | None = None,
 ) -> tuple[Arrays, Ledger, list[dict[str, Any]]]:
-    """Run the rounds that are left through Flower; returns final shared arrays, ledger and a row per round."""
+    """Run the rounds that are left through Flower; returns final shared arrays, ledger and a row per round.
+
+    `track` is given the rows of all rounds so far, once they are on disk: at the start and after each round.
+    With `away` the clients are elsewhere, and `clients` tells their layout alone.
+    """
     config = experiment.config
     done = directory.recover(clients.store)
     history = list(done.history) if done else []
+    track(history)
     users = experiment.examples.users
     shared: Arrays = clients.layout.broadcast()
-    origin, key = directory.secret_origin(), fingerprint(server_key, "run")
+    origin = directory.secret_origin() if away is None else away.secret
+    key = fingerprint(server_key, "run")
     opening = experiment.guarantee.opening(config, clients.shared_names, len(users), origin, key)
     if done is not None:
         shared = done.shared
@@ -83,6 +114,7 @@ def federate(
         )
         directory.note_time(f"round {row['round']}", seconds)
         reporter.round({**row, "clients_per_second": row["clients"] / max(seconds, 1e-9)}, rounds)
+        track(history)
         return None
 
     if len(history) < rounds:
@@ -90,8 +122,9 @@ def federate(
         initial = wire.to_record(shared, clients.shared_names)
         try:
             strategy.start(
-                CohortGrid(clients), initial, num_rounds=rounds - len(history), train_config=ConfigRecord(),
-                evaluate_fn=after_round,
+                CohortGrid(clients) if away is None else away.grid, initial, num_rounds=rounds - len(history),
+                timeout=3600 if away is None else away.timeout,
+                train_config=ConfigRecord({} if away is None else dict(away.told)), evaluate_fn=after_round,
             )  # fmt: skip
         except BudgetSpent:
             reporter.message(f"the budget is spent after {len(history)} of {rounds} rounds")

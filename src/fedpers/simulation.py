@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from fedpers.privacy.randomness import run_keys
 from fedpers.reporting import Reporter
 from fedpers.rounds import federate
 from fedpers.run_directory import RunDirectory
+from fedpers.tracking.base import Tracker, Tracking
 
 Arrays = dict[str, NDArray[np.float32]]
 COLUMNS = (
@@ -89,6 +91,7 @@ def simulate(
     resume: bool = False,
     reporter: Reporter | None = None,
     reuse: Reuse | None = None,
+    track: Sequence[str | Tracker] = (),
 ) -> Run:
     """Run a configuration, or continue it; returns the finished run.
 
@@ -98,11 +101,22 @@ def simulate(
         resume: continue what a killed run left in `out`; starts it if nothing is there.
         reporter: whom to tell about progress; by default nobody.
         reuse: what to share with other runs in this process.
+        track: where else the numbers go: "csv", "mlflow", "tensorboard", "wandb", or a `Tracker`. The run itself is
+            the same bytes; runs in its picture are not tracked.
 
     Raises:
         FedpersError: for anything that the caller can mend; nothing is written over.
+        TrackingError: a tracker cannot be started; or, after all else is done and written, one failed on the way.
     """
-    reporter, reuse = reporter or Reporter(), reuse or Reuse()
+    with Tracking(track, reporter or Reporter()) as tracking:
+        run = _simulate(config, out, resume, reporter or Reporter(), reuse or Reuse(), tracking)
+        tracking.finish(run.config, run.path, run.summary, run.claim.sentence, run.claim.epsilon)
+    return run
+
+
+def _simulate(
+    config: Config, out: Path | str | None, resume: bool, reporter: Reporter, reuse: Reuse, tracking: Tracking
+) -> Run:
     began = time.monotonic()
     experiment = prepare(config, reuse)
     refused = frontier.check(config, lambda cell: prepare(cell, reuse)) if config.frontier else {}
@@ -122,6 +136,7 @@ def simulate(
     model = build_model(experiment, reporter, reuse)
     if not directory.started:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
+    tracking.start(config, directory.path)
     if config.engine.tune:
         reuse.choice = directory.tuned(lambda: reuse.choice or tune(model, experiment.plan, config))
         reporter.message("cohort size and token budget are chosen: private/engine.json")
@@ -134,7 +149,7 @@ def simulate(
     server_key, clients_key = run_keys(directory.secret(), identity(experiment, model))
     clients = Clients(experiment.config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
-    shared, ledger, history = federate(experiment, clients, directory, server_key, reporter)
+    shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, tracking.rounds)
     excluded = experiment.excluded
     claim, forecast = claim_from(ledger, expected_rounds=len(history), excluded=excluded), forecast_from(ledger)
     kinds = _train_at_home(experiment, clients, shared, directory, reporter)

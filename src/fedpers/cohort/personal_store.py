@@ -71,6 +71,21 @@ class PersonalStore:
         self.written.flush()
 
 
+class OwnStore(PersonalStore):
+    """The personal arrays of one user, whose position is of no account here: one row."""
+
+    def __init__(self, directory: Path, initial: Mapping[str, Tensor]) -> None:
+        super().__init__(directory, 1, initial)
+
+    def read(self, users: Sequence[int]) -> dict[str, Tensor]:
+        """Return the latest row, (1, out, in) by name."""
+        return super().read([0])
+
+    def stage(self, users: Sequence[int], values: Mapping[str, Tensor]) -> None:
+        """Remember the new row until `drain`."""
+        super().stage([0], values)
+
+
 def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.generic]]:
     if path.exists():
         try:
@@ -84,6 +99,7 @@ def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap[tuple[in
     else:
         scratch = path.with_suffix(".partial")
         np.lib.format.open_memmap(scratch, mode="w+", dtype=dtype, shape=shape).flush()
+        scratch.chmod(0o600)
         scratch.rename(path)
     array = np.lib.format.open_memmap(path, mode="r+")
     if hasattr(mmap, "MADV_RANDOM"):  # rows are far apart: reading ahead costs a hundred times what a row does

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from io import BytesIO
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -14,9 +16,30 @@ from fedpers.errors import PrivacyRefusal
 FIRST_NODE = 1000  # node ids of the in-process grid: FIRST_NODE + position of the user; Flower reserves small ones
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the keys that Flower's stock strategies expect
 WEIGHT = "num-examples"  # always 1: how many records a user has is private, and every user counts the same
+POSITION, CONFIGURATION = "position", "configuration"
 CLIENT_FAILED = 1  # the only thing a failing client tells
+# What a node tells when it refuses. The codes say nothing but what the server knows already, or the node's ledger,
+# which hangs on no record; an exception's text, which Flower would send, could quote one.
+UNKNOWN, MALFORMED, OTHER_CONFIGURATION, ROUND_REFUSED, BUDGET_SPENT, LIMITS = range(101, 107)
+REASONS = {
+    CLIENT_FAILED: "client failed",
+    UNKNOWN: "nothing is answered to this kind of message",
+    MALFORMED: "the message is not what this run sends",
+    OTHER_CONFIGURATION: "the node runs another configuration",
+    ROUND_REFUSED: "the node answers each round once, in order, and none beyond the run",
+    BUDGET_SPENT: "the node's privacy budget is spent",
+    LIMITS: "beyond the limits of the node's owner",
+}
 
 Arrays = Mapping[str, NDArray[np.float32]]
+
+
+class Refused(Exception):
+    """A node does not answer; the server is told the code alone, the text is for the node's owner."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.code = code
 
 
 def to_record(arrays: Arrays, allowed: Sequence[str]) -> ArrayRecord:
@@ -28,12 +51,36 @@ def to_record(arrays: Arrays, allowed: Sequence[str]) -> ArrayRecord:
     if set(arrays) != set(allowed):
         extra = sorted(set(arrays) ^ set(allowed))
         raise PrivacyRefusal(f"a message must hold exactly the shared arrays; in question: {', '.join(extra)}.")
-    return ArrayRecord({name: Array(np.ascontiguousarray(arrays[name])) for name in sorted(allowed)})
+    return ArrayRecord({name: _pack(np.ascontiguousarray(arrays[name])) for name in sorted(allowed)})
 
 
 def from_record(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
     """Read the arrays of a record as fp32."""
-    return {name: array.numpy().astype(np.float32, copy=False) for name, array in record.items()}
+    return {name: _unpack(array) for name, array in record.items()}
+
+
+@lru_cache(maxsize=1024)
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What `numpy.save` writes before the fp32 numbers of an array. It is most of a small message's cost."""
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def _pack(array: NDArray[np.float32]) -> Array:
+    """Make what `Array(array)` makes."""
+    if array.dtype != np.float32:
+        return Array(array)
+    return Array("float32", array.shape, "numpy.ndarray", _header(array.shape) + array.astype("<f4").tobytes())
+
+
+def _unpack(array: Array) -> NDArray[np.float32]:
+    """Read an array as fp32, with Flower where it is not as `_pack` makes it."""
+    header = _header(array.shape)
+    if array.stype != "numpy.ndarray" or array.data[: len(header)] != header:
+        read: NDArray[np.float32] = array.numpy().astype(np.float32, copy=False)
+        return read
+    return np.frombuffer(array.data, "<f4", offset=len(header)).reshape(array.shape).astype(np.float32)
 
 
 def reply(message: Message, arrays: Arrays, allowed: Sequence[str]) -> Message:
@@ -47,9 +94,14 @@ def metrics_reply(message: Message, metrics: Mapping[str, float]) -> Message:
     return Message(RecordDict({METRICS: MetricRecord({WEIGHT: 1, **metrics})}), reply_to=message)
 
 
-def failure(message: Message) -> Message:
+def failure(message: Message, code: int = CLIENT_FAILED) -> Message:
     """A failed client's answer: a fixed code, never the exception's text, which could quote private data."""
-    return Message(Error(code=CLIENT_FAILED, reason="client failed"), reply_to=message)
+    return Message(Error(code=code, reason=REASONS[code]), reply_to=message)
+
+
+def position_reply(message: Message, position: int) -> Message:
+    """A node's answer to who it acts for: the user's place on the public list."""
+    return Message(RecordDict({METRICS: MetricRecord({POSITION: position})}), reply_to=message)
 
 
 def round_of(message: Message) -> int:
@@ -59,6 +111,50 @@ def round_of(message: Message) -> int:
     number = config["server-round"]
     assert isinstance(number, int)
     return number
+
+
+def asked(message: Message) -> tuple[int, str | None]:
+    """Read what a node is asked: the round and, if it is told, which configuration the server runs.
+
+    Raises:
+        Refused: anything else in the message; nothing that a server says may change what a node does.
+    """
+    content = message.content if message.has_content() else RecordDict()
+    config = content.get(CONFIG)
+    if set(content) != {ARRAYS, CONFIG} or not isinstance(config, ConfigRecord):
+        raise Refused(MALFORMED, "a message holds arrays and a configuration, and nothing else")
+    number, configuration = config.get("server-round"), config.get(CONFIGURATION)
+    if set(config) - {"server-round", CONFIGURATION} or type(number) is not int or number < 1:
+        raise Refused(MALFORMED, "a message tells the round and the configuration's hash, and nothing else")
+    if configuration is not None and type(configuration) is not str:
+        raise Refused(MALFORMED, "the configuration's hash is a text")
+    return number, configuration
+
+
+def read_arrays(message: Message, expected: Arrays) -> dict[str, NDArray[np.float32]]:
+    """Read the arrays of a message that nobody vouches for: finite fp32 numbers under the names and in the shapes of
+    `expected`. Nothing is made of other bytes.
+
+    Raises:
+        Refused: any other arrays.
+    """
+    record = message.content[ARRAYS]
+    if not isinstance(record, ArrayRecord) or set(record) != set(expected):
+        raise Refused(MALFORMED, "other arrays than those that travel down")
+    return {name: _read(record[name], expected[name].shape) for name in sorted(expected)}
+
+
+def _read(array: Array, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Take one array's numbers if its bytes are those that a server of ours sends: no header is believed."""
+    header = _header(shape)
+    if array.stype != "numpy.ndarray" or len(array.data) != len(header) + 4 * math.prod(shape):
+        raise Refused(MALFORMED, "an array of another kind or size")
+    if array.data[: len(header)] != header:
+        raise Refused(MALFORMED, "an array of another shape or type")
+    numbers = np.frombuffer(array.data, "<f4", offset=len(header)).reshape(shape)
+    if not np.isfinite(numbers).all():
+        raise Refused(MALFORMED, "an array with numbers that are not finite")
+    return numbers
 
 
 def arrays_of(message: Message) -> ArrayRecord:

@@ -27,7 +27,6 @@ from fedpers.models.array_names import family_of
 from fedpers.privacy.guarantee import Guarantee
 from fedpers.privacy.ledger import Ledger, release_hash
 from fedpers.privacy.ledger_lines import Release
-from fedpers.privacy.randomness import derive, fingerprint
 from fedpers.privacy.sampling import draw
 from fedpers.privacy.spending import check_budget
 from fedpers.privacy.user_level import UserLevelServer
@@ -157,22 +156,8 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         """Return the round's ledger line, but for what is released."""
         if self.guarantee.server_sums:
             return self._server().planned(number, participants)
-        noised = self.guarantee.noise_multiplier > 0
-        steps, head_steps = self.guarantee.phase_steps if self.guarantee.unit == "record" else (1, 0)
-        return Release(
-            round=number,
-            mechanism="gaussian" if noised else "none",
-            noise_multiplier=self.guarantee.noise_multiplier,
-            clip=self.guarantee.clip,
-            sampling_rate=self.guarantee.rate,
-            steps=steps,
-            head_steps=head_steps,
-            clients=list(participants),
-            salt=derive(self._secret, "participants", number).hex(),
-            # The clients draw with a key that the server lacks; this only tells their rounds apart.
-            noise_address=fingerprint(self._secret, "round", number) if noised else "",
-            release_hash="0" * 64,
-        )
+        # The clients draw with keys that the server lacks; its own only tells their rounds apart.
+        return self.guarantee.release(number, participants, self._secret)
 
     def _record(
         self, number: int, asked: Sequence[int], participants: Sequence[int], received: Sequence[Arrays]

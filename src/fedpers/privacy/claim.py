@@ -17,7 +17,7 @@ from fedpers.config import TRUSTS, Trust, Unit
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
 from fedpers.privacy.accounting import cross_check
 from fedpers.privacy.ledger import Ledger
-from fedpers.privacy.ledger_lines import ADJACENCIES, REPLACE_ONE, Opening
+from fedpers.privacy.ledger_lines import ADJACENCIES, EACH_ITS_OWN, REPLACE_ONE, SHARED, Opening
 from fedpers.privacy.spending import Epsilon, PerClient, record_level, spending
 
 NO_PROTECTION = 50.0
@@ -149,7 +149,12 @@ def check_delta(delta: float, protected: int) -> None:
 
 
 def claim_from(
-    ledger: Ledger, *, expected_rounds: int | None, excluded: Sequence[str], population_note: str = ""
+    ledger: Ledger,
+    *,
+    expected_rounds: int | None,
+    excluded: Sequence[str],
+    population_note: str = "",
+    of_node: bool = False,
 ) -> Claim:
     """Derive the claim that a complete ledger proves (reference: section 2.1 and table 2.5).
 
@@ -158,13 +163,15 @@ def claim_from(
         expected_rounds: How many releases the run made, one per round, empty rounds included; None if unknown.
         excluded: What the accounting leaves out, such as metrics that the simulator reads and tuning.
         population_note: A sentence to add, for example on who counts as registered.
+        of_node: Whether it is one node's own ledger, which has no line for rounds in which it was not asked.
 
     Raises:
         LedgerError: A round is missing, or lines of an interrupted run have not been replayed.
         PrivacyRefusal: Delta is too large for the number of protected users or records (R13).
     """
     opening, releases = ledger.opening, ledger.releases
-    _check_complete(ledger, expected_rounds)
+    if not of_node:
+        _check_complete(ledger, expected_rounds)
     if opening.delta is not None:
         check_delta(opening.delta, opening.protected)
         if TUNING not in excluded:
@@ -330,9 +337,18 @@ def adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
         against.append("whoever obtains one user's personal model")
     else:
         not_against.append(personal)
+    if opening.secret == EACH_ITS_OWN and opening.trust in {"user-local", "record-local"}:
+        not_against.append("a server whose app a node runs (Flower hands it over; only a pinned node leaves it shut)")
     if opening.secret == "given in the configuration":
         not_against.append("whoever reads the configuration: it holds the secret that the noise is made from")
     return against, not_against
+
+
+def _why_none(claim: Claim) -> str:
+    """Say why an epsilon is infinite though one was asked for."""
+    if claim.secret == SHARED:
+        return "the secret that the noise is made from was shared with whoever receives it, as in a test"
+    return "something was released without noise"
 
 
 def rounded_up(value: float) -> str:
@@ -353,7 +369,7 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
         sentences = [
             f"No privacy is claimed: none was asked for, so {told}; no guarantee (ε = ∞)."
             if claim.unit == "none"
-            else f"ε = ∞{delta} for {unit}: something was released without noise, so {told}; no guarantee."
+            else f"ε = ∞{delta} for {unit}: {_why_none(claim)}, so {told}; no guarantee."
         ]
         if clipped:
             sentences.append("Contributions were clipped, but clipping alone is no privacy.")

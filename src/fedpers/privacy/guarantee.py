@@ -27,10 +27,12 @@ from fedpers.privacy.ledger_lines import (
     Amplification,
     Filter,
     Opening,
+    Release,
     Sampling,
     Secret,
 )
 from fedpers.privacy.matrix_noise import coefficients, error_factor, sensitivity
+from fedpers.privacy.randomness import derive, fingerprint
 from fedpers.privacy.refusals import check_setup, server_sums
 from fedpers.privacy.renyi import RdpFilter, calibrate_fixed_size, choose_filter
 from fedpers.privacy.sampling import cohort_size, period
@@ -89,6 +91,26 @@ class Guarantee:
             simulated_population=self.population,
             secret=secret,
             key=key,
+        )
+
+    def release(self, number: int, clients: Sequence[int], key: bytes) -> Release:
+        """Return the ledger line of a round in which clients protect what they send, or nobody does, before it is
+        known what is sent; `key` makes the salt and the name of the noise, not the noise.
+        """
+        noised = self.noise_multiplier > 0
+        steps, head_steps = self.phase_steps if self.unit == "record" else (1, 0)
+        return Release(
+            round=number,
+            mechanism="gaussian" if noised else "none",
+            noise_multiplier=self.noise_multiplier,
+            clip=self.clip,
+            sampling_rate=self.rate,
+            steps=steps,
+            head_steps=head_steps,
+            clients=list(clients),
+            salt=derive(key, "participants", number).hex(),
+            noise_address=fingerprint(key, "round", number) if noised else "",
+            release_hash="0" * 64,
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,7 +16,14 @@ from fedpers.errors import LedgerError, PrivacyRefusal
 
 Sampling = Literal["poisson", "all", "fixed", "cyclic"]
 Amplification = Literal["none", "clients", "records"]
-Secret = Literal["kept by the simulator", "given in the configuration"]
+EACH_ITS_OWN: Final = "drawn by the server and by each node for itself"
+SHARED: Final = "shared by all sides, as in a test"  # nothing is claimed then
+Secret = Literal[
+    "kept by the simulator",
+    "given in the configuration",
+    "drawn by the server and by each node for itself",
+    "shared by all sides, as in a test",
+]
 
 ZERO_OUT = "zero-out: one registered user's records replaced by none (the number of registered users is public)"
 REPLACE_ONE = "replace-one: one registered user's records replaced by any others"

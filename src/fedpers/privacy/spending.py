@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import accumulate
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 from fedpers.errors import LedgerError
 from fedpers.privacy.accounting import GaussianEvent, epsilon, gaussian_epsilon
 from fedpers.privacy.ledger import Ledger
-from fedpers.privacy.ledger_lines import Opening, Release
+from fedpers.privacy.ledger_lines import SHARED, Opening, Release
 from fedpers.privacy.matrix_noise import sensitivity
 from fedpers.privacy.renyi import RdpFilter, fixed_size_epsilon
 
@@ -60,6 +60,8 @@ def spending(opening: Opening, releases: Sequence[Release]) -> Spending:
     """
     if opening.delta is None:
         return Spending(math.inf if releases else 0.0, "none: nothing is claimed")
+    if opening.secret == SHARED and releases:
+        return Spending(math.inf, "none: whoever receives a release knows its noise, too")
     if not releases:
         nothing = None if opening.amplification == "clients" else _spread([0.0])
         return Spending(0.0, "none: nothing to compose", per_client=nothing)
@@ -92,16 +94,26 @@ def check_budget(ledger: Ledger, coming: Release, budget: float) -> None:
         raise BudgetSpent
 
 
-def composed(ledgers: Sequence[Ledger]) -> float:
-    """Epsilon of several user-level runs of one kind on the same users together, at their delta: an upper bound.
+def kind(opening: Opening) -> tuple[Hashable, ...]:
+    """What user-level runs have in common whose releases can be composed."""
+    fields = ("unit", "trust", "adjacency", "client_sampling", "amplification", "delta", "population")
+    return (*(getattr(opening, name) for name in fields), opening.filter is None)
+
+
+def composed(ledgers: Sequence[Ledger], people: Sequence[Hashable] = ()) -> float:
+    """Epsilon of several user-level runs of one `kind` on the same users together, at their delta: an upper bound.
+
+    Args:
+        ledgers: the runs.
+        people: for each run, something equal where its users' numbers stand for the same people, by default all are.
+            Runs whose numbers do not are composed as if the most exposed users of each were one person.
 
     Raises:
-        LedgerError: runs of another unit, or that differ in trust, sampling or delta.
+        LedgerError: runs of another unit, or of different kinds.
     """
     openings = [ledger.opening for ledger in ledgers]
-    kinds = {(one.unit, one.trust, one.adjacency, one.client_sampling, one.delta, one.population) for one in openings}
     opening, delta = openings[0], openings[0].delta
-    if len(kinds) != 1 or opening.unit != "user" or delta is None or len({not one.filter for one in openings}) != 1:
+    if len(set(map(kind, openings))) != 1 or opening.unit != "user" or delta is None:
         raise LedgerError("only user-level runs with the same trust, sampling, schedule and delta are composed.")
     releases = [release for ledger in ledgers for release in ledger.releases]
     if not releases:
@@ -109,18 +121,20 @@ def composed(ledgers: Sequence[Ledger]) -> float:
     if any(release.mechanism == "none" for release in releases):
         return math.inf
     if opening.amplification == "none":  # each user's Gaussians are one, with the root of the summed squares
-        totals: defaultdict[int, float] = defaultdict(float)
-        for ledger in ledgers:
+        totals: defaultdict[Hashable, defaultdict[int, float]] = defaultdict(lambda: defaultdict(float))
+        for ledger, who in zip(ledgers, people or [None] * len(ledgers), strict=True):
             for user, mu in _exposures(ledger.opening, ledger.releases, opening.sensitivity).items():
-                totals[user] += mu**2
-        return gaussian_epsilon(math.sqrt(max(totals.values(), default=0.0)), delta)
+                totals[who][user] += mu**2
+        squares = (max(found.values(), default=0.0) for found in totals.values())
+        return gaussian_epsilon(math.sqrt(math.fsum(squares)), delta)
     if opening.filter is not None:
         filters = [_filter(one) for one in openings]
         # A Renyi divergence grows with its order, so at the smallest order every filter's budget still holds.
         lowest = min(filters, key=lambda one: one.order)
         return math.fsum(one.budget for one in filters) + lowest.epsilon - lowest.budget
-    if opening.client_sampling == "fixed":  # the least noise for all, or no amplification, whichever is less
-        least = min(releases, key=lambda release: release.noise_multiplier)
+    if opening.client_sampling == "fixed":  # the least noise and the most clients for all, or no amplification
+        rate = max(release.sampling_rate for release in releases)
+        least = min(releases, key=lambda release: release.noise_multiplier).model_copy(update={"sampling_rate": rate})
         unamplified = gaussian_epsilon(2 * math.hypot(*(1 / release.noise_multiplier for release in releases)), delta)
         return min(_by_fixed_size(opening, [least] * len(releases), delta).total, unamplified)
     return epsilon([_event(release) for release in releases], delta)
@@ -134,7 +148,7 @@ def record_level(opening: Opening, releases: Sequence[Release]) -> float | None:
     """
     if opening.unit != "user" or opening.delta is None or not releases or opening.filter is not None:
         return None
-    if any(release.mechanism == "none" for release in releases):
+    if opening.secret == SHARED or any(release.mechanism == "none" for release in releases):
         return math.inf
     if opening.sensitivity == 2:
         return spending(opening, releases).total
