@@ -71,7 +71,7 @@ def test_describe_refuses_what_it_cannot_mean(fedpers: Command) -> None:
     assert "data.name is given twice" in err
     code, _, err = fedpers("data", "describe", "synthetic", "data.user=3")
     assert code == 2
-    assert "did you mean 'users'" in err
+    assert "did you mean 'data.users'" in err
 
 
 def test_equal_counts_are_equal_figures_and_order_tells_nothing(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from fedpers.privacy.accounting import GaussianEvent, calibrate, epsilon
 from fedpers.privacy.claim import Claim, rounded_up
 from fedpers.privacy.forecast import Forecast, forecast_from
 from fedpers.privacy.ledger import Ledger
-from fedpers.privacy.ledger_lines import ADJACENCIES, Opening, Release
+from fedpers.privacy.ledger_lines import ADJACENCIES, SHARED, Opening, Release
 from fedpers.run_directory import export_public
 from fedpers.simulation import Run, simulate
 
@@ -105,6 +105,15 @@ def test_noise_that_changed_is_forecast_as_it_was(tmp_path: Path) -> None:
     assert (found.noise_multiplier, found.sampling_rate) == (None, None)
 
 
+def test_a_shared_secret_leaves_nothing_to_forecast(tmp_path: Path) -> None:
+    fields = opening_fields("user", simulated_population=50_000, delta=DELTA) | {"secret": SHARED}
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", Opening(**fields))
+    ledger.append(line())
+    found = forecast_from(ledger)
+    assert found is not None
+    assert found.epsilon == math.inf
+
+
 def test_one_release_without_noise_leaves_nothing_to_forecast(tmp_path: Path) -> None:
     ledger = Ledger.create(
         tmp_path / "ledger.jsonl", Opening(**opening_fields("user", simulated_population=50_000, delta=DELTA))
@@ -129,7 +138,7 @@ def test_a_forecast_is_no_claim_and_is_written_apart(run: Run, tmp_path: Path) -
     written = json.loads((run.path / "forecast.json").read_text())
     assert Forecast.from_json((run.path / "forecast.json").read_text()) == forecast
     assert written["epsilon"] == forecast.epsilon
-    with pytest.raises(ValidationError):
+    with pytest.raises(LedgerError):
         Claim.from_json(forecast.to_json())
     with pytest.raises(ValidationError):
         Forecast.from_json(run.claim.to_json())

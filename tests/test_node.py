@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import shutil
 import stat
+import subprocess
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,6 +21,7 @@ import pytest
 import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
@@ -27,19 +31,21 @@ from fedpers.cohort.layout import layout
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, result_text
 from fedpers.data import load
-from fedpers.errors import ConfigError, DataError, PrivacyRefusal
+from fedpers.errors import ConfigError, DataError, LedgerError, PrivacyRefusal
 from fedpers.experiment import build_model, prepare
 from fedpers.flower import messages as wire
 from fedpers.flower import node as node_module
 from fedpers.flower.node import configuration_hash
 from fedpers.flower.node_app import app
 from fedpers.flower.node_file import Limits, OwnerFile, People, UserFile, place_of, read, write_nodes
+from fedpers.flower.pinned import write_commands
 from fedpers.flower.roll import Roll
 from fedpers.flower.server_app import serve
 from fedpers.privacy.claim import Claim
 from fedpers.privacy.ledger import Ledger
-from fedpers.privacy.ledger_lines import EACH_ITS_OWN, SHARED
+from fedpers.privacy.ledger_lines import EACH_ITS_OWN, SHARED, Secret
 from fedpers.privacy.randomness import run_keys, seed_key
+from fedpers.privacy.spending import composed
 from fedpers.reporting import Reporter
 from fedpers.rounds import federate
 from fedpers.run_directory import RunDirectory
@@ -102,6 +108,16 @@ class World:
     def state(self, place: int = 0) -> Path:
         return self.files[place].parent / "state"
 
+    def claim(self, place: int = 0) -> Claim:
+        return Claim.from_json((self.state(place) / "claim.json").read_text(encoding="utf-8"))
+
+    def change(self, name: str, section: str, **values: Any) -> None:
+        """Change a section of the first node's own `config.yaml` or `node.yaml`."""
+        path = self.files[0].parent / name
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree[section].update(values)
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+
     def ledger(self, place: int = 0) -> Ledger:
         return Ledger.load(self.state(place) / "ledger.jsonl")
 
@@ -112,7 +128,8 @@ class World:
 
     def message(self, number: int = 1, **changes: Any) -> Message:
         """What an honest server sends to the first node, with changes."""
-        told: dict[str, Any] = {"server-round": number, "configuration": configuration_hash(self.config)}
+        secret: Secret = EACH_ITS_OWN if self.config.privacy.secret is None else SHARED
+        told: dict[str, Any] = {"server-round": number, "configuration": configuration_hash(self.config, secret)}
         content = RecordDict(
             {
                 wire.ARRAYS: changes.get("arrays", ArrayRecord({n: Array(a) for n, a in self.broadcast.items()})),
@@ -302,6 +319,88 @@ def test_a_node_that_trusts_its_server_claims_nothing_itself(world: Make) -> Non
     own = Claim.from_json((here.state() / "claim.json").read_text(encoding="utf-8"))
     assert own.epsilon == np.inf
     assert "The server is trusted to clip" in own.sentence
+    assert "this node adds no noise" in own.sentence
+    assert "none was asked for" not in own.sentence
+    assert all(fact in own.excluded for fact in place_of(here.files[0]).federation.facts)
+
+
+def test_a_secret_that_was_shared_stays_shared(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that was killed before its first line keeps the secret it was given, whatever its file says now."""
+    here = world(OPEN, shared=True, privacy=USER_LOCAL)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node_module, "build_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            here.nodes.deliver(here.message(1))
+    here.change("config.yaml", "privacy", secret=None)
+    own = here.message(1, told={"configuration": configuration_hash(here.config, EACH_ITS_OWN)})
+    assert code(here.nodes.deliver(own)) == wire.OTHER_CONFIGURATION
+    here.change("node.yaml", "limits", unprotected=False)
+    assert code(here.nodes.deliver(here.message(1))) == wire.LIMITS
+    here.change("node.yaml", "limits", unprotected=True)
+    assert here.nodes.deliver(here.message(1)).has_content()
+    assert (here.claim().secret, here.claim().epsilon) == (SHARED, np.inf)
+
+
+def test_nodes_that_share_a_secret_do_not_answer_a_server_without_it(world: Make) -> None:
+    """Its claim would be finite, though the noise can be taken off."""
+    here = world(OPEN, shared=True, method="fedbabu", privacy=RECORD)
+    tree = yaml.safe_load(here.path.read_text(encoding="utf-8"))
+    tree["privacy"]["secret"] = None
+    here.path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    nodes = here.nodes
+    here.serve(nodes)
+    asked = [reply for sent, reply in nodes.seen if sent.metadata.message_type == "train"]
+    assert {code(reply) for reply in asked} == {wire.OTHER_CONFIGURATION}
+
+
+def test_runs_with_a_shared_secret_promise_nothing_together(world: Make) -> None:
+    here = world(shared=True, privacy=USER_CENTRAL)
+    here.serve(here.nodes)
+    assert composed([Ledger.load(here.folder / "server" / "ledger.jsonl")]) == np.inf
+
+
+def test_a_state_restored_from_a_copy_draws_fresh_noise(world: Make) -> None:
+    """Else two replies to two messages for one round, subtracted, would be free of it."""
+    here = world(Limits(), privacy=USER_LOCAL)
+    nodes = here.nodes
+    nodes.deliver(here.message(1))
+    shutil.copytree(here.state(), here.folder / "copy")
+    replies = []
+    for shift in (0.0, 1.0):
+        arrays = {name: array + np.float32(shift) for name, array in here.broadcast.items()}
+        record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        reply = sent_arrays(nodes.deliver(here.message(2, arrays=record)))
+        replies.append({name: array - arrays[name] for name, array in reply.items()})
+        shutil.rmtree(here.state())
+        shutil.copytree(here.folder / "copy", here.state())
+    one, other = replies
+    between = sum(float(np.square(array - other[name]).sum()) for name, array in one.items()) ** 0.5
+    noise = 0.5 * prepare(here.config).guarantee.noise_multiplier * sum(array.size for array in one.values()) ** 0.5
+    assert between > 2 * 0.5  # all that two clipped updates can differ by
+    assert between == pytest.approx(2**0.5 * noise, rel=0.2)
+
+
+def test_a_server_stopped_between_line_and_checkpoint_says_so(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world(OPEN, privacy=USER_CENTRAL)
+    nodes, commit = here.nodes, RunDirectory.commit
+
+    def stop(self: RunDirectory, *rest: Any) -> None:
+        if self.path.name == "server":
+            raise KeyboardInterrupt
+        commit(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "commit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            here.serve(nodes)
+    asked = len(nodes.seen)
+    with pytest.raises(LedgerError, match=r"between its line for round 1 and its checkpoint"):
+        here.serve(nodes)
+    assert len(nodes.seen) == asked
 
 
 # A hostile server
@@ -392,13 +491,19 @@ def test_evaluation_tells_metrics_only_where_the_owner_allows_it(world: Make) ->
     assert dict(silent.content[wire.METRICS]) == {wire.WEIGHT: 1}
     told = opened.nodes.deliver(opened.message(kind="evaluate"))
     assert set(told.content[wire.METRICS]) == {wire.WEIGHT, "accuracy", "mrr", "loss"}
-    for here, said in ((closed, False), (opened, True)):
+    for here, said in ((closed, "must not"), (opened, "may, where this node adds no noise,")):
         here.nodes.deliver(here.message())
-        claim = Claim.from_json((here.state() / "claim.json").read_text(encoding="utf-8"))
-        assert any("raw metrics" in one for one in claim.excluded) == said
-        assert f"raw metrics {'may' if said else 'must not'} be sent" in claim.sentence
+        assert f"raw metrics {said} be sent" in here.claim().sentence
     spoilt = opened.message(kind="evaluate", arrays=_spoilt(opened, _pickled))
     assert code(opened.nodes.deliver(spoilt)) == wire.MALFORMED
+
+
+@pytest.mark.parametrize("privacy", [RECORD, USER_LOCAL])
+def test_no_metrics_beside_a_nodes_own_guarantee(world: Make, privacy: dict[str, Any]) -> None:
+    """They hang on the records without noise: on arrays of the server's choice they would tell all of them."""
+    here = world(Limits(metrics=True), method="fedbabu", privacy=privacy)
+    told = here.nodes.deliver(here.message(kind="evaluate"))
+    assert dict(told.content[wire.METRICS]) == {wire.WEIGHT: 1}
 
 
 def test_a_node_without_an_owners_file_answers_nothing(world: Make) -> None:
@@ -473,6 +578,17 @@ def test_a_spent_budget_outlives_the_node(world: Make) -> None:
     assert Claim.from_json((here.state() / "claim.json").read_text(encoding="utf-8")).epsilon == pytest.approx(one)
 
 
+def test_a_server_that_asks_too_often_meets_the_configurations_budget(world: Make) -> None:
+    """Users in turn: the noise was planned for every third round of three, and the owner gives no limit."""
+    here = world(
+        Limits(), privacy={**USER_LOCAL, "epsilon": 5}, client_rate=0.34, client_sampling="cyclic", rounds=3
+    )  # fmt: skip
+    nodes = here.nodes
+    assert nodes.deliver(here.message(1)).has_content()
+    assert code(nodes.deliver(here.message(2))) == wire.BUDGET_SPENT
+    assert 0 < here.claim().epsilon <= 5
+
+
 def test_rounds_are_counted_by_the_node(world: Make) -> None:
     here = world(Limits(max_rounds=1, unprotected=True))
     assert here.nodes.deliver(here.message(2)).has_content()
@@ -508,6 +624,7 @@ def test_the_same_round_twice_at_once_is_answered_once(world: Make) -> None:
     for worker in workers:
         worker.join()
     assert sorted(reply.has_content() for reply in replies) == [False, True]
+    assert [code(reply) for reply in replies if reply.has_error()] == [wire.ROUND_REFUSED]
     assert [one.round for one in here.ledger().releases] == [1]
 
 
@@ -532,7 +649,38 @@ def test_a_node_stopped_in_a_round(world: Make, where: str, monkeypatch: pytest.
     assert len(here.ledger().releases) == (1 if where == "before the line" else 2)
 
 
+# What a SuperNode starts
+
+
+def test_every_command_but_the_nodes_own_refuses(tmp_path: Path) -> None:
+    """A SuperNode starts whichever kind of app its server names, by the command that comes first on its PATH."""
+    folder, trace = tmp_path / "bin", tmp_path / "imported"
+    write_commands(folder)
+    assert {path.name for path in folder.iterdir()} == set(TASK_TYPE_TO_COMMAND.values())
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(trace)!r}, 'w').close()\n", encoding="utf-8")
+    path = f"{folder}:{os.environ['PATH']}"
+    for name in set(TASK_TYPE_TO_COMMAND.values()) - {"flwr-clientapp"}:
+        done = subprocess.run(
+            [name, "--token", "x"], env={"PATH": path, "PYTHONPATH": str(tmp_path)}, capture_output=True, check=False
+        )  # fmt: skip
+        assert done.returncode == 1, name
+        assert b"no app but its own" in done.stderr
+    assert not trace.exists()
+    assert "-m fedpers.flower.pinned" in (folder / "flwr-clientapp").read_text(encoding="utf-8")
+
+
 # Who acts for whom
+
+
+def test_who_was_drawn_is_not_streamed_where_the_drawing_is_credited(
+    world: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for privacy, rate, seat in ((USER_CENTRAL, 0.7, False), (USER_CENTRAL, 1.0, True), (RECORD, 0.7, True)):
+        here = world(Limits(max_rounds=1, unprotected=False), privacy=privacy, client_rate=rate, shared=True)
+        here.serve(here.nodes)
+        said = capsys.readouterr().out
+        assert "is left out" in said
+        assert ("seat " in said) == seat
 
 
 def test_seats_go_by_position_and_are_kept(world: Make) -> None:

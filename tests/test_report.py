@@ -268,7 +268,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "claim edited": (lambda run: change(run / "claim.json", epsilon=0.5), LedgerError, "another claim"),
     "claim of another ledger": (lambda run: change(run / "claim.json", ledger_head="0" * 64), LedgerError, "last line"),
-    "claim of another form": (lambda run: change(run / "claim.json", magic=1), RunDirectoryError, "damaged or missing"),
+    "claim of another form": (lambda run: change(run / "claim.json", magic=1), LedgerError, "claim.json is damaged"),
     "users cut": (lambda run: (run / "users.parquet").write_bytes(b"PAR1"), RunDirectoryError, "users.parquet"),
     "configuration of another version": (
         lambda run: edit(run / "config.yaml", "rounds:", "rouns:"), ConfigError, "'rouns'",
@@ -308,7 +308,7 @@ def test_on_the_command_line(fedpers: Command, run: Path) -> None:
     assert (code, out.strip(), err) == (0, str(run / "report.html"), "")
     code, out, err = fedpers("report", run / "figures")
     assert (code, out) == (2, "")
-    assert "no finished run" in err
+    assert "neither a run nor a sweep" in err
     assert err.count("\n") == 1
     code, out, err = fedpers("compare", run, run)
     assert (code, out) == (2, "")

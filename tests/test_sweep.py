@@ -99,6 +99,23 @@ def test_options_are_the_base_methods_own(base: Tree) -> None:
     assert [cell.config.options for cell in found] == [{"lambda": 2}, {"mu": 1}]
 
 
+@pytest.mark.parametrize("written", [float("inf"), ".inf", "Inf", "none", None])
+def test_no_privacy_is_one_level_however_it_is_written(base: Tree, written: Any) -> None:
+    axis = {"privacy.epsilon": [written, 8]}
+    found = expand({"base": base, "product": axis, "skip": [{"privacy.epsilon": 8}]}).cells
+    assert [cell.coordinates for cell in found] == [{"privacy.epsilon": "inf"}]
+    assert found[0].config.privacy.unit == "none"
+    with pytest.raises(ConfigError, match="the same run"):
+        expand({"base": base, "product": {"privacy.epsilon": [written, ".inf"]}})
+
+
+def test_a_configuration_and_an_empty_file_are_no_grids(base: Tree) -> None:
+    with pytest.raises(ConfigError, match="`fedpers run` makes it"):
+        expand(base)
+    with pytest.raises(ConfigError, match="is empty"):
+        expand({"name": "nothing"})
+
+
 BAD: dict[str, tuple[Tree, str]] = {
     "nothing to vary": ({}, "no cells"),
     "all skipped": ({"product": {"seed": [0]}, "skip": [{"seed": 0}]}, "no cells"),
@@ -110,7 +127,7 @@ BAD: dict[str, tuple[Tree, str]] = {
         {"product": {"seeds": [0]}},
         r"\(seeds=0\): unknown key 'seeds'; did you mean 'seed'",
     ),
-    "a deeper key": ({"product": {"privacy.epsilom": [1]}}, r"'privacy\.epsilom'; did you mean 'epsilon'"),
+    "a deeper key": ({"product": {"privacy.epsilom": [1]}}, r"'privacy\.epsilom'; did you mean 'privacy\.epsilon'"),
     "a key in a variant": ({"variants": {"a": {"data.user": 3}}}, r"\(variant=a\): unknown key 'data\.user'"),
     "a key below a value": ({"product": {"seed.x": [1]}}, "'seed' holds a value"),
     "the same run twice": ({"product": {"seed": [0, 1, 0]}}, r"\(seed=0\) and \(seed=0\) are the same run"),

@@ -212,9 +212,18 @@ def test_what_is_about_one_client_is_not_told() -> None:
            "global_accuracy": 0.4, "own_accuracy": None, "signal_head": 0.1, "records_clipped": 3}  # fmt: skip
     told = {"clients": 2, "train_loss": 1.5, "epsilon": 3.0, "bytes_up": 8, "global_accuracy": 0.4, "signal_head": 0.1,
             "records_clipped": 3}  # fmt: skip
-    assert base.numbers(row) == told
+    assert base.numbers(row, 2) == told
     everybody = {"clients": 1, "epsilon": 3.0, "bytes_up": 8, "global_accuracy": 0.4}
-    assert base.numbers({**row, "clients": 1}) == everybody
+    assert base.numbers({**row, "clients": 1}, 2) == everybody
+
+
+def test_nothing_is_told_of_a_user_who_is_alone() -> None:
+    row = {"round": 4, "clients": 1, "epsilon": 3.0, "bytes_up": 8, "global_accuracy": 0.4, "own_accuracy": 0.5}
+    assert base.numbers(row, 1) == {"clients": 1, "epsilon": 3.0, "bytes_up": 8}
+    measured = {"mean": 0.4, "ci95": (0.4, 0.4)}
+    summary = {"users": 1, "rounds": 2, "metric": "accuracy", "metrics": {"own": measured}, "comparisons": {}}
+    assert base.totals(summary, 3.0) == {"users": 1, "rounds": 2, "epsilon": 3.0}
+    assert "own_accuracy" in base.totals({**summary, "users": 2}, 3.0)
 
 
 @pytest.mark.parametrize("when", ["before the second round is final", "before a tracker hears of the second round"])

@@ -31,7 +31,7 @@ from cryptography.x509.oid import NameOID
 from fedpers.config import load_config, read_tree
 from fedpers.data import load
 from fedpers.flower.node_file import Limits, write_nodes
-from fedpers.flower.pinned import write_command
+from fedpers.flower.pinned import write_commands
 from fedpers.privacy.randomness import seed_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def main() -> None:
         return
     limits = Limits.model_validate(read_tree(args.limits)) if args.limits else Limits()
     files = write_nodes(federation, args.config, out / "nodes", limits, range(min(args.users, len(federation.users))))
-    write_command(out / "bin")
+    write_commands(out / "bin")
     keys = out / "certificates"
     certificates(keys, nodes=len(files))
     tls = ["--ssl-ca-certfile", keys / "ca.pem", "--ssl-certfile", keys / "server.pem", "--ssl-keyfile"]

@@ -50,7 +50,10 @@ def run(
         list[str] | None, typer.Option(help="Also to csv, mlflow, tensorboard or wandb; may be repeated.")
     ] = None,
 ) -> None:
-    """Run a simulation and print who gains, the claim, and where the figures are."""
+    """Run a simulation and print who gains, the claim, and where the figures are.
+
+    CONFIG is a YAML file, see configs/; OVERRIDES are changes to it: fedpers run configs/quickstart.yaml rounds=3
+    """
     from fedpers.config import load_config
     from fedpers.reporting import reporter
     from fedpers.tracking import check_names

@@ -106,7 +106,7 @@ def draw(
             )
         )
     shared = "+".join(config.frontier.share or config.share) if config.frontier else ""
-    title = f"{config.name}: utility (measured without noise) against privacy, shared: {shared}"
+    title = f"{config.name}: utility (exact, which no claim covers) against privacy, shared: {shared}"
     frontier(drawn, path / "figures", title)
     (path / "frontier").mkdir(exist_ok=True)
     (path / "frontier" / "refused.json").write_text(json.dumps(refused, indent=2) + "\n", encoding="utf-8")

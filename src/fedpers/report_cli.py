@@ -23,7 +23,10 @@ def report(
     from fedpers.report.page import write_report
     from fedpers.report.sweep_page import is_sweep, write_sweep_report
 
-    write = write_sweep_report if is_sweep(run_directory) else write_report
+    write = write_report
+    if is_sweep(run_directory):
+        write = write_sweep_report
+        typer.echo("making tables and figures of all runs, a minute or two ...", err=True)
     typer.echo(write(run_directory, out, public=public))
 
 

@@ -85,9 +85,16 @@ def federate(
             f"{directory.ledger} was opened for another run, in {', '.join(changed)}: people, records, model, method "
             "or version are no longer what it was started with; start a new run."
         )
+    if away is not None and ledger.pending:
+        raise LedgerError(
+            f"{directory.ledger}: the server was stopped between its line for round {ledger.pending[0].round} and its "
+            "checkpoint, and nodes answer a round once, so the run cannot go on; start another, with a new `out` here "
+            "and a new `state` at each node, and add what this ledger holds to what that one will claim."
+        )
     rounds = config.rounds if clients.shared_names else 0
     strategy = FedpersStrategy(
-        config, experiment.guarantee, users, ledger, server_key, clients.layout, first_round=len(history)
+        config, experiment.guarantee, users, ledger, server_key, clients.layout, first_round=len(history),
+        tell=None if away is None else reporter.message,
     )  # fmt: skip
     if done is not None:
         strategy.load_state(done.strategy)

@@ -294,7 +294,7 @@ def export_public(run: Path, out: Path) -> list[str]:
     """
     if not RunDirectory(run).finished:
         raise RunDirectoryError(f"{run}: no finished run; finish it with `fedpers run ... --resume` first.")
-    reread(Claim.from_json((run / "claim.json").read_text(encoding="utf-8")), Ledger.load(run / "ledger.jsonl"))
+    reread(Claim.from_json((run / "claim.json").read_bytes()), Ledger.load(run / "ledger.jsonl"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunDirectoryError(f"{out} is not an empty directory; choose another one.")
     out.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from fedpers.cohort.personal_store import PersonalStore
 from fedpers.cohort.saving import save_shared
 from fedpers.cohort.tuning import tune
 from fedpers.config import FAMILIES, Config
+from fedpers.errors import RunDirectoryError
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import summarize, users_table, write_table
 from fedpers.experiment import Experiment, Reuse, build_model, identity, prepare
@@ -37,6 +40,7 @@ from fedpers.run_directory import RunDirectory
 from fedpers.tracking.base import Tracker, Tracking
 
 Arrays = dict[str, NDArray[np.float32]]
+NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 COLUMNS = (
     ("round", pa.int64()),
     ("clients", pa.int64()),
@@ -108,9 +112,17 @@ def simulate(
         FedpersError: for anything that the caller can mend; nothing is written over.
         TrackingError: a tracker cannot be started; or, after all else is done and written, one failed on the way.
     """
-    with Tracking(track, reporter or Reporter()) as tracking:
-        run = _simulate(config, out, resume, reporter or Reporter(), reuse or Reuse(), tracking)
-        tracking.finish(run.config, run.path, run.summary, run.claim.sentence, run.claim.epsilon)
+    try:
+        with Tracking(track, reporter or Reporter()) as tracking:
+            run = _simulate(config, out, resume, reporter or Reporter(), reuse or Reuse(), tracking)
+            tracking.finish(run.config, run.path, run.summary, run.claim.sentence, run.claim.epsilon)
+    except OSError as error:
+        if error.errno not in NOT_WRITTEN:
+            raise
+        raise RunDirectoryError(
+            f"{error.filename or out or 'the run directory'}: cannot be written ({error.strerror}); mend that, and "
+            "continue with the same command and --resume."
+        ) from error
     return run
 
 
@@ -149,7 +161,8 @@ def _simulate(
     server_key, clients_key = run_keys(directory.secret(), identity(experiment, model))
     clients = Clients(experiment.config, experiment.plan, experiment.guarantee, model, store, clients_key)
 
-    shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, tracking.rounds)
+    track = partial(tracking.rounds, everybody)
+    shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, track)
     excluded = experiment.excluded
     claim, forecast = claim_from(ledger, expected_rounds=len(history), excluded=excluded), forecast_from(ledger)
     kinds = _train_at_home(experiment, clients, shared, directory, reporter)
@@ -167,7 +180,7 @@ def _simulate(
             save_shared(model, place.with_name(f"cluster{version}"), clients.layout.version(shared, version))
     result = summarize(table, metric=task.metric, seed=config.seed, higher_is_better=task.higher_is_better)
     references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
-    label = f"{claim.label()}; the metrics are measured without noise"
+    label = f"{claim.label()}; the metrics are exact, which no claim covers"
     learning_curve(rounds, references, label, directory.figures, task.metric)
     against = "global" if experiment.plan.personal else "zero_shot"
     per_user_gain(table, label, directory.figures, against, task.metric, higher_is_better=task.higher_is_better)
@@ -192,7 +205,7 @@ def _simulate(
 def load(path: Path, config: Config) -> Run:
     """Read a finished run; raises LedgerError if its claim is not what its ledger gives."""
     ledger = Ledger.load(path / "ledger.jsonl")
-    claim = reread(Claim.from_json((path / "claim.json").read_text(encoding="utf-8")), ledger)
+    claim = reread(Claim.from_json((path / "claim.json").read_bytes()), ledger)
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     return Run(path, config, claim, summary, forecast_from(ledger))
 

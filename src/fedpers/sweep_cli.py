@@ -35,7 +35,10 @@ def sweep(
     jobs: Annotated[int, typer.Option(min=1, help="Processes that run cells beside each other.")] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
 ) -> None:
-    """Run all combinations of a grid that are not finished; exit code 1 if some failed."""
+    """Run all combinations of a grid that are not finished; exit code 1 if some failed.
+
+    GRID is a grid file, see docs/sweeps.md and configs/frontier.yaml; OVERRIDES are changes to its base, as rounds=2.
+    """
     from fedpers.reporting import reporter
     from fedpers.sweep.grid import read_grid
 

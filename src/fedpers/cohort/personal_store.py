@@ -89,8 +89,9 @@ class OwnStore(PersonalStore):
 def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap[tuple[int, ...], np.dtype[np.generic]]:
     if path.exists():
         try:
-            whole = np.load(path, mmap_mode="r").shape == shape  # opened for writing, a cut file would grow zeros
-        except (ValueError, EOFError):
+            found = np.load(path, mmap_mode="r")  # opened for writing, a cut file would grow zeros
+            whole = (found.shape, found.dtype) == (shape, np.dtype(dtype))
+        except Exception:  # what numpy's reader of headers raises is of many kinds
             whole = False
         if not whole:
             raise RunDirectoryError(

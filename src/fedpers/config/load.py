@@ -35,10 +35,10 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 def read_tree(path: Path) -> dict[str, Any]:
     """Read a YAML file into nested dictionaries; raises ConfigError, which quotes nothing of it."""
     try:
-        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree: Any = _yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a path that no file can have
         mark = getattr(error, "problem_mark", None)  # a line number; the line itself may hold the secret
         place = f", line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path}{place}: not valid YAML; mend it there.") from None
@@ -63,7 +63,7 @@ def override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"override {shown!r}: expected key=value, for example privacy.epsilon=2.")
     try:
-        assign(tree, key.strip(), yaml.safe_load(value), f"override {shown!r}")
+        assign(tree, key.strip(), _yaml(value), f"override {shown!r}")
     except yaml.YAMLError:
         raise ConfigError(f"override {shown!r}: the value is not valid YAML.") from None
 
@@ -78,6 +78,15 @@ def assign(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
     tree[leaf] = value
 
 
+def _yaml(text: str) -> Any:
+    """Read YAML; raises yaml.YAMLError for all that is none."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        # PyYAML lets these through where a date, a tag's value or the nesting makes no sense
+        raise yaml.YAMLError from None
+
+
 def _explain(item: dict[str, Any], where: str) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path) or "configuration"
@@ -86,6 +95,8 @@ def _explain(item: dict[str, Any], where: str) -> str:
             return f"{where}: {key!r} is refused, leave it out: {REFUSED[path[-1]]}."
         allowed = _keys_at(path[:-1])
         near = difflib.get_close_matches(path[-1], allowed, 1)
+        near = [".".join([*path[:-1], one]) for one in near]
+        near += [f"{section}.{path[-1]}" for section in Config.model_fields if path[-1] in _keys_at([section])]
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}."
         return f"{where}: unknown key {key!r}; {hint}"
     message = str(item["msg"]).removeprefix("Value error, ")

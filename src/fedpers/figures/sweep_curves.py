@@ -67,7 +67,7 @@ def learning_curves(results: pa.Table, users: pa.Table, rounds: Mapping[str, pa.
         handles = {text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
         fig.legend(handles=list(handles.values()), loc="outside lower left", ncols=3)
         many = ", bands from the least to the most over seeds" if any(len(some) > 1 for some in curves.values()) else ""
-        title(fig, heading(panel, f"learning curves, measured without noise{many}"))
+        title(fig, heading(panel, f"learning curves, exact metrics{many}"))
         written += save(fig, folder, file_name("learning_curves", panel, found))
     return written
 

@@ -38,10 +38,11 @@ BANDS = 3  # with more lines, bands would only cover each other, and bars are en
 _WORDS = {-1: "nothing\nleaves", 1: "clip\nonly", 2: "no\nprivacy"}  # of levels that have no place on a log axis
 _RING: Any = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": BLACK, "linestyle": "", "zorder": 6}
 _CAPTION = (
-    "Thick: own models, mean over users and seeds with a 95% interval (bootstrap, users and seeds crossed). Thin "
-    "dashes: the shared model. Filled: better than local-only under every seed, with p < 0.05 by a signed-rank test "
-    "over users, corrected by Holm for all points of the panel. Ring: no other point, nor local-only, is at once as "
-    "private and as good, by means. Metrics are measured without noise; no claim covers that, nor choosing by them."
+    "Thick: own models, mean over users and seeds with a 95% interval (bootstrap, users and seeds crossed), as wide as "
+    "people differ; comparisons are paired. Thin dashes: the shared model. Filled marker: better than local-only "
+    "under every seed, with p < 0.05 by a signed-rank test over users, corrected by Holm for all points of the panel; "
+    "hollow: not shown to be. Black ring around a marker: no other point, nor local-only, is at once as private and as "
+    "good, by means. Metrics are exact: no claim covers that, nor choosing by them."
 )
 
 

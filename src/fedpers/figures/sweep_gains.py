@@ -140,14 +140,17 @@ def _counts(panel: Panel, first: Pair, gains: Sequence[Floats]) -> str:
         for null in (found.null_helped, found.null_harmed)
     ]
     shown = f"; {MOST_MARKS:,} drawn" if gains[0].size > MOST_MARKS else ""
-    return f"{won:.4g} helped{ranges[0]}, {tied:.4g} tied,\n{lost:.4g} harmed{ranges[1]}, of {gains[0].size:,}{shown}"
+    over = "of" if len(gains) == 1 else "mean over seeds, of"
+    counts = f"{won:.4g} helped{ranges[0]}, {tied:.4g} tied,\n{lost:.4g} harmed{ranges[1]}"
+    return f"{counts}; {over} {won + tied + lost:,.5g}{shown}"
 
 
 def _mean(panel: Panel, point: Point, against: str) -> str:
     gains = gain(point.kinds["own"], point.kinds[against], higher_is_better=panel.higher_is_better)
     [(mean, low, high)] = intervals([gains])
     effect = minimum_detectable_effect(gains.by_person)
-    return f"mean {mean:+.3f} [{low:+.3f}, {high:+.3f}]; seen from {'unknown' if effect is None else f'{effect:.3f}'}"
+    least = "unknown" if effect is None else f"{effect:.3f}"
+    return f"mean {mean:+.3f} [{low:+.3f}, {high:+.3f}]; detectable {least}"
 
 
 def _handles() -> list[Any]:

@@ -20,7 +20,7 @@ from fedpers.figures.style import BLACK, SKY, save, style, title
 from fedpers.figures.sweep_facets import MOST_MARKS, explain, facets, file_name, heading, measured, sample
 from fedpers.sweep.points import Panel, Point, panels
 
-GROUPS = 6
+GROUPS, FEWEST = 6, 10  # groups at most; people of a group at least, about, or its interval says nothing
 
 
 @style()
@@ -71,7 +71,8 @@ def groups(records: Floats, gains: Crossed) -> Iterator[tuple[float, int, Interv
     Yields a group's median number of records, how many people it has, and the mean of their gains, averaged over
     seeds first, with its interval over people: a few seeds cannot tell how much a small group's mean hangs on them.
     """
-    edges = np.unique(np.quantile(records, np.linspace(0, 1, GROUPS + 1)[1:-1], method="lower"))
+    number = max(1, min(GROUPS, records.size // FEWEST))
+    edges = np.unique(np.quantile(records, np.linspace(0, 1, number + 1)[1:-1], method="lower"))
     which = np.searchsorted(edges, records, side="left")
     for one in np.unique(which):
         mine = which == one

@@ -152,5 +152,5 @@ def _caption(one: Measured | None) -> str:
     return (
         f"{people}The worst tenth is chosen after the fact by the same noisy metric, so it looks worse off than it is. "
         f"{groups}Bars: 95% over users and seeds (crossed bootstrap), which does not cover that choice. The groups "
-        "differ in more than their records, and the metrics are measured without noise."
+        "differ in more than their records, and the metrics are exact, which no claim covers."
     )

@@ -18,8 +18,8 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the keys that Flower'
 WEIGHT = "num-examples"  # always 1: how many records a user has is private, and every user counts the same
 POSITION, CONFIGURATION = "position", "configuration"
 CLIENT_FAILED = 1  # the only thing a failing client tells
-# What a node tells when it refuses. The codes say nothing but what the server knows already, or the node's ledger,
-# which hangs on no record; an exception's text, which Flower would send, could quote one.
+# What a node tells when it refuses: a fixed code, since an exception's text, which Flower would send, could quote a
+# record. That it refuses can hang on its records all the same, and no claim covers it.
 UNKNOWN, MALFORMED, OTHER_CONFIGURATION, ROUND_REFUSED, BUDGET_SPENT, LIMITS = range(101, 107)
 REASONS = {
     CLIENT_FAILED: "client failed",
@@ -30,6 +30,7 @@ REASONS = {
     BUDGET_SPENT: "the node's privacy budget is spent",
     LIMITS: "beyond the limits of the node's owner",
 }
+NO_ANSWER = "no answer"  # for the codes that Flower itself gives
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -40,6 +41,16 @@ class Refused(Exception):
     def __init__(self, code: int, why: str) -> None:
         super().__init__(why)
         self.code = code
+
+
+class BadReply(PrivacyRefusal):
+    """A reply that no client of this run sends. `reason` is one of a few fixed texts; the message may say more, and
+    quote names that the reply holds.
+    """
+
+    def __init__(self, reason: str, more: str = "") -> None:
+        super().__init__(f"a reply with {reason}: {more or 'it must hold the shared arrays in their shapes alone'}.")
+        self.reason = reason
 
 
 def to_record(arrays: Arrays, allowed: Sequence[str]) -> ArrayRecord:
@@ -145,16 +156,21 @@ def read_arrays(message: Message, expected: Arrays) -> dict[str, NDArray[np.floa
 
 
 def _read(array: Array, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Take one array's numbers if its bytes are those that a server of ours sends: no header is believed."""
+    """Take one array's numbers if they are finite, too."""
+    numbers = _numbers(array, shape)
+    if not np.isfinite(numbers).all():
+        raise Refused(MALFORMED, "an array with numbers that are not finite")
+    return numbers
+
+
+def _numbers(array: Array, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Take one array's numbers if its bytes are those that fedpers sends: no header is believed."""
     header = _header(shape)
     if array.stype != "numpy.ndarray" or len(array.data) != len(header) + 4 * math.prod(shape):
         raise Refused(MALFORMED, "an array of another kind or size")
     if array.data[: len(header)] != header:
         raise Refused(MALFORMED, "an array of another shape or type")
-    numbers = np.frombuffer(array.data, "<f4", offset=len(header)).reshape(shape)
-    if not np.isfinite(numbers).all():
-        raise Refused(MALFORMED, "an array with numbers that are not finite")
-    return numbers
+    return np.frombuffer(array.data, "<f4", offset=len(header)).reshape(shape)
 
 
 def arrays_of(message: Message) -> ArrayRecord:
@@ -164,27 +180,37 @@ def arrays_of(message: Message) -> ArrayRecord:
     return record
 
 
-def shared_of(message: Message, expected: Arrays) -> dict[str, NDArray[np.float32]]:
-    """Read a training reply: exactly the shared arrays in their shapes, the constant weight, and nothing else.
+def shared_of(message: Message, expected: Arrays, finite: bool) -> dict[str, NDArray[np.float32]]:
+    """Read a training reply: exactly the shared arrays in their shapes, the constant weight, and nothing else; with
+    `finite` finite numbers alone.
 
     Raises:
-        PrivacyRefusal: a weight other than 1 (one user would count beyond the clip, refusal R8), metrics of a user
+        BadReply: a weight other than 1 (one user would count beyond the clip, refusal R8), metrics of a user
             (private, refusal R12), or other arrays (refusal R11).
     """
-    metrics = {name: value for record in message.content.metric_records.values() for name, value in record.items()}
-    if metrics.pop(WEIGHT, None) != 1:
-        raise PrivacyRefusal(
-            f"a reply with a {WEIGHT} other than 1: how many records a user has is private, and a user with a larger "
-            "weight would move the mean beyond the clip; send the constant 1."
+    content = message.content
+    record, metrics = content.get(ARRAYS), content.get(METRICS)
+    if set(content) != {ARRAYS, METRICS} or not isinstance(record, ArrayRecord):
+        raise BadReply("other records than arrays and metrics")
+    if not isinstance(metrics, MetricRecord) or metrics.get(WEIGHT) != 1:
+        raise BadReply(
+            f"a {WEIGHT} other than 1",
+            "how many records a user has is private, and a user with a larger weight would move the mean beyond the "
+            "clip; send the constant 1",
         )
-    arrays = from_record(arrays_of(message))
-    if metrics or {n: a.shape for n, a in arrays.items()} != {n: a.shape for n, a in expected.items()}:
-        extra = sorted({*metrics, *(set(arrays) ^ set(expected))})
-        raise PrivacyRefusal(
-            f"a reply must hold the shared arrays in their shapes and nothing else; in question: {', '.join(extra)}. "
-            "What a single user measures is private and stays on the simulator's own channel."
+    if extra := sorted({*metrics} - {WEIGHT}):
+        raise BadReply(
+            "metrics",
+            f"in question: {', '.join(extra)}. What a single user measures is private and stays on the simulator's "
+            "own channel",
         )
-    return arrays
+    if extra := sorted({*record} ^ {*expected}):
+        raise BadReply("other names than the shared arrays", f"in question: {', '.join(extra)}")
+    take = _read if finite else _numbers
+    try:
+        return {name: take(record[name], array.shape) for name, array in expected.items()}
+    except Refused as refused:
+        raise BadReply(str(refused)) from None
 
 
 def nbytes(arrays: Mapping[str, NDArray[np.float32] | tuple[int, ...]]) -> int:

@@ -1,10 +1,10 @@
 """A node acts for one user and trusts no server: it trains under its owner's limits and enters what it sends into a
 ledger of its own, which outlives the process.
 
-A message changes nothing but the shared arrays that training starts from: configuration, clipping, noise and steps are
-the node's own, and the secret of its noise is drawn here and never leaves. The order is: check, train, write the ledger
-line, write the personal state, send. A node that is stopped before the line has sent nothing; after it, the round is
-paid for and is not answered again.
+A message names the round and the shared arrays that training starts from, and changes nothing else: configuration,
+clipping, noise and steps are the node's own, and the secret of its noise is drawn here and never leaves. The order is:
+check, train, write the ledger line, write the personal state, send. A node that is stopped before the line has sent
+nothing; after it, the round is paid for and is not answered again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,19 +34,31 @@ from fedpers.privacy.claim import TUNING, Claim, claim_from
 from fedpers.privacy.guarantee import Guarantee
 from fedpers.privacy.ledger import Ledger, release_hash
 from fedpers.privacy.ledger_lines import EACH_ITS_OWN, SHARED, Release, Secret
-from fedpers.privacy.randomness import fingerprint, run_keys, secret_key
+from fedpers.privacy.randomness import derive, fingerprint, run_keys
 from fedpers.privacy.spending import BudgetSpent, check_budget
 from fedpers.reporting import Reporter
 from fedpers.run_directory import Checkpoint, RunDirectory
 
-ALONE = "what this user's other runs, on other nodes or before, have told"
+ALONE = "what this user's other runs, on other nodes, before, or from a copy of this node's state, have told"
 TRUSTED = "The server is trusted to clip what this node sends and to add noise, which its own claim is about."
-TOLD = "the raw metrics of this user that the node's owner allows it to send"
 
 
-def configuration_hash(config: Config) -> str:
-    """Name a configuration, for a server and its nodes to see that they run the same."""
-    return hashlib.sha256(result_text(config).encode()).hexdigest()
+def configuration_hash(config: Config, secret: Secret) -> str:
+    """Name a configuration and where its keys come from, for a server and its nodes to see that they run the same.
+
+    Nodes that share a secret behind the back of a server would make its claim false.
+    """
+    return hashlib.sha256(f"{secret}\n{result_text(config)}".encode()).hexdigest()
+
+
+def origin(directory: RunDirectory, config: Config) -> Secret:
+    """Say where the keys come from: of a run that was begun its own secret counts, which a later configuration may not
+    name any more.
+    """
+    given = config.privacy.secret is not None
+    if directory.started:
+        given = directory.secret_origin() == "given in the configuration"
+    return SHARED if given else EACH_ITS_OWN
 
 
 def check_away(experiment: Experiment) -> None:
@@ -86,11 +99,15 @@ def train(message: Message, place: Place) -> Message:
 
 
 def evaluate(message: Message, place: Place) -> Message:
-    """Answer an evaluation message: with this user's raw metrics if the owner allows it, else with nothing."""
+    """Answer an evaluation message: with this user's raw metrics where the owner allows it and this node adds no noise
+    that they would undo, else with nothing.
+    """
     _, configuration = wire.asked(message)
     if not place.limits.metrics:
         return wire.metrics_reply(message, {})
     experiment = _experiment(place, configuration)
+    if own_guarantee(experiment.guarantee).unit != "none":
+        return wire.metrics_reply(message, {})
     with _alone(place.state):
         node = Node(experiment, place)
         shared = wire.read_arrays(message, node.clients.layout.broadcast())
@@ -112,8 +129,12 @@ class Node:
         arrays = layout(config, experiment.plan, model)
         store = OwnStore(self.directory.private / "rounds", arrays.kept())
         self.directory.recover(store)
-        self.key = _client_key(config, self.directory, place)
-        self.clients = Clients(config, experiment.plan, experiment.guarantee, model, store, self.key)
+        self.secret = origin(self.directory, config)
+        self.key = _client_key(self.directory, place)
+        # A state that was restored from a copy answers a round again, and then must not draw the same noise: it would
+        # cancel. A secret that is given is a test's, and makes what the simulator makes of it.
+        key = self.key if self.secret == SHARED else derive(self.key, secrets.token_hex(16))
+        self.clients = Clients(config, experiment.plan, experiment.guarantee, model, store, key)
         self.ledger = self._ledger()
 
     def check(self, number: int) -> Release:
@@ -129,7 +150,7 @@ class Node:
             raise wire.Refused(wire.LIMITS, f"{len(done)} rounds are answered, and the owner allows no more")
         coming = self.guarantee.release(number, [0], self.key)
         try:
-            check_budget(self.ledger, coming, min(limits.epsilon, self.guarantee.budget))
+            check_budget(self.ledger, coming, min(limits.epsilon, self.guarantee.budget, self._asked_for()))
         except BudgetSpent:
             raise wire.Refused(wire.BUDGET_SPENT, f"round {number} would pass the budget") from None
         return coming
@@ -144,21 +165,25 @@ class Node:
     def claim(self) -> Claim:
         """Return what this node's ledger proves, whatever its server says."""
         limits = self.place.limits
-        left_out = [ALONE, TUNING, *([TOLD] if limits.metrics else [])]
+        left_out = [ALONE, TUNING, *self.place.federation.facts]
         note = limits.sentence()
         if self.guarantee is not self.experiment.guarantee and self.experiment.guarantee.unit != "none":
             note = f"{TRUSTED} {note}"
         return claim_from(self.ledger, expected_rounds=None, excluded=left_out, population_note=note, of_node=True)
 
+    def _asked_for(self) -> float:
+        """The configuration's epsilon, beyond which a server could ask for more rounds than were planned."""
+        promised = self.guarantee.unit != "none" and self.secret != SHARED
+        return self.place.config.privacy.epsilon if promised else math.inf
+
     def _ledger(self) -> Ledger:
         """Open the node's ledger, or begin it; a torn last line was never sent and is cut off.
 
         Raises:
-            Refused: it was begun for another configuration, other records or another model.
+            Refused: it was begun for another configuration or other records.
         """
-        config, path = self.place.config, self.directory.ledger
-        origin: Secret = EACH_ITS_OWN if config.privacy.secret is None else SHARED
-        opening = self.guarantee.opening(config, self.clients.shared_names, 1, origin, fingerprint(self.key, "run"))
+        config, path, key = self.place.config, self.directory.ledger, fingerprint(self.key, "run")
+        opening = self.guarantee.opening(config, self.clients.shared_names, 1, self.secret, key)
         if not self.directory.has_ledger():
             return Ledger.create(path, opening)
         ledger = Ledger.rewind(path, path.read_bytes().count(b"\n"))
@@ -177,7 +202,7 @@ def own_guarantee(guarantee: Guarantee) -> Guarantee:
     )  # fmt: skip
 
 
-def check_limits(config: Config, guarantee: Guarantee, limits: Limits) -> None:
+def check_limits(guarantee: Guarantee, secret: Secret, limits: Limits) -> None:
     """Hold what a node is to enforce against what its owner allows.
 
     Raises:
@@ -185,7 +210,7 @@ def check_limits(config: Config, guarantee: Guarantee, limits: Limits) -> None:
     """
     noise, clip = guarantee.noise_multiplier, guarantee.clip
     steps = sum(guarantee.phase_steps) if guarantee.unit == "record" else 1
-    quiet = noise == 0 or config.privacy.secret is not None  # whoever knows the secret can take the noise off
+    quiet = noise == 0 or secret == SHARED  # whoever knows the secret can take the noise off
     problems = {
         "what is sent would have no noise of this node's, and the owner does not allow that": quiet
         and not limits.unprotected,
@@ -200,24 +225,21 @@ def check_limits(config: Config, guarantee: Guarantee, limits: Limits) -> None:
 def _experiment(place: Place, configuration: str | None) -> Experiment:
     """Prepare the node's own configuration, if the server runs the same and the owner allows it."""
     config = place.config
-    if configuration is not None and configuration != configuration_hash(config):
+    secret = origin(RunDirectory(place.state), config)
+    if configuration is not None and configuration != configuration_hash(config, secret):
         raise wire.Refused(wire.OTHER_CONFIGURATION, "the server runs another configuration than this node's copy")
     experiment = prepare(config, federation=place.federation)
     check_away(experiment)
-    check_limits(config, own_guarantee(experiment.guarantee), place.limits)
+    check_limits(own_guarantee(experiment.guarantee), secret, place.limits)
     return experiment
 
 
-def _client_key(config: Config, directory: RunDirectory, place: Place) -> bytes:
-    """Return the key of this node's noise and batches: other records under the same secret have another one.
-
-    A secret that is given is a test's, and makes what the simulator makes of it.
-    """
-    text = result_text(config)
-    if config.privacy.secret is not None:
-        return run_keys(secret_key(config.privacy.secret), text)[1]
-    own = (place.federation.users[place.position], place.federation.train[place.position])
-    return run_keys(directory.secret(), text + repr(own))[1]
+def _client_key(directory: RunDirectory, place: Place) -> bytes:
+    """Return the key of this node's run: other records under the same secret have another one, but in a test."""
+    text = result_text(place.config)
+    if origin(directory, place.config) == EACH_ITS_OWN:
+        text += repr((place.federation.users[place.position], place.federation.train[place.position]))
+    return run_keys(directory.secret(), text)[1]
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class Limits(Section):
     max_steps: int | None = Field(None, ge=1)  # noised steps in one round
     max_rounds: int | None = Field(None, ge=1)  # that are answered
     unprotected: bool = False  # send what this node has not put noise on, for a server that is trusted
-    metrics: bool = False  # answer evaluation messages with this user's raw metrics
+    metrics: bool = False  # answer evaluation messages with this user's raw metrics, where this node adds no noise
 
     def sentence(self) -> str:
         """Say them, for the node's claim."""
@@ -50,7 +50,7 @@ class Limits(Section):
             if value is not None
         ]
         said.append(f"what has no noise of this node's {'may' if self.unprotected else 'must not'} be sent")
-        said.append(f"raw metrics {'may' if self.metrics else 'must not'} be sent")
+        said.append(f"raw metrics {'may, where this node adds no noise,' if self.metrics else 'must not'} be sent")
         return f"Limits that the node's owner has set and the node keeps, whatever it is asked: {'; '.join(said)}."
 
 
@@ -138,10 +138,10 @@ def read(kind: type[S], path: Path) -> S:
         if kind is OwnerFile:
             return kind.model_validate(read_tree(path))
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read; name a file made by `write_nodes`, or like one.") from error
     except ValidationError as error:
         places = sorted({".".join(str(part) for part in item["loc"]) or "the whole" for item in error.errors()[:3]})
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
+        raise DataError(f"{path}: cannot be read; name a file made by `write_nodes`, or like one.") from error
     wrong = ConfigError if kind is OwnerFile else DataError
     raise wrong(f"{path}: not a {kind.__name__}, in {', '.join(places)}; mend it there.")
 

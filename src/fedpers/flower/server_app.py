@@ -21,11 +21,10 @@ from fedpers.cohort.saving import save_shared
 from fedpers.config import Config, load_config, result_text
 from fedpers.data import Federation, load
 from fedpers.experiment import build_model, prepare
-from fedpers.flower.node import check_away, configuration_hash
+from fedpers.flower.node import check_away, configuration_hash, origin
 from fedpers.flower.node_file import People, read
 from fedpers.flower.roll import Roll
 from fedpers.privacy.claim import TUNING, Claim, claim_from
-from fedpers.privacy.ledger_lines import EACH_ITS_OWN, SHARED, Secret
 from fedpers.privacy.randomness import run_keys, seed_key
 from fedpers.reporting import PlainReporter
 from fedpers.rounds import Away, federate
@@ -67,10 +66,10 @@ def serve(grid: Any, settings: Mapping[str, Any]) -> Claim:
     model = build_model(experiment, reporter)
     store = PersonalStore(directory.private / "rounds", 1, {})  # personal state is where its user is
     clients = Clients(unmeasured, experiment.plan, experiment.guarantee, model, store, b"")
-    secret: Secret = EACH_ITS_OWN if config.privacy.secret is None else SHARED
+    secret = origin(directory, config)
     roll = Roll(grid, len(federation.users), float(settings.get("patience", 60)))
     away = Away(
-        roll, {"configuration": configuration_hash(config)}, secret, timeout=float(settings.get("timeout", 600))
+        roll, {"configuration": configuration_hash(config, secret)}, secret, float(settings.get("timeout", 600))
     )
     server_key, _ = run_keys(directory.secret(), result_text(config))
     shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, away=away)

@@ -7,7 +7,7 @@ post-processing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +76,8 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         secret: the server's key of client sampling and user-level noise; never the clients' key.
         layout: which arrays travel, and the method's server functions.
         first_round: rounds done before (resume); Flower counts from 1, the ledger from the run's start.
+        tell: where clients are elsewhere, how its operator hears of those that are left out of a round; None where
+            the clients are ours, and a reply that none of them may send is a bug to see.
     """
 
     def __init__(
@@ -87,12 +89,13 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         secret: bytes,
         layout: Layout,
         first_round: int = 0,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.guarantee, self.users, self.ledger = config, guarantee, users, ledger
         self.layout, self.done = layout, first_round
         self.inner = stock_strategy(config)
         self.report: RoundReport | None = None
-        self._secret = secret
+        self._secret, self._tell = secret, tell
         self._broadcast: Arrays = {}
         self._user_level: UserLevelServer | None = None
         self._restored: dict[str, NDArray[Any]] = {}
@@ -119,17 +122,15 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Make the next broadcast from the replies, under the guarantee; write the ledger line first."""
         number = self.done + server_round
-        # One reply of each node that was asked: a second one would count beyond the clip. A failure is no update.
-        answered = {message.metadata.src_node_id: message for message in replies if message.has_content()}
-        listed = [answered[node] for node in self._sampled if node in answered]
+        expected = {name: self._broadcast[name] for name in self.layout.up(number)}
+        answered = self._answers(number, replies, expected)
         # Who was asked is charged: a reply that was lost on the way, or came late, was seen by somebody all the same.
         asked = [node - wire.FIRST_NODE for node in self._sampled]
-        participants = [message.metadata.src_node_id - wire.FIRST_NODE for message in listed]
-        expected = {name: self._broadcast[name] for name in self.layout.up(number)}
-        received = [wire.shared_of(message, expected) for message in listed]
+        participants = [user for user in asked if user in answered]
+        received = [answered[user] for user in participants]
         self.report = RoundReport(
-            len(listed),
-            bytes_up=wire.nbytes(expected) * len(listed),
+            len(received),
+            bytes_up=wire.nbytes(expected) * len(received),
             bytes_down=wire.nbytes(self._broadcast) * len(self._sampled),
             moved={n: value - expected[n] for n, value in mean(received).items()} if received else {},
         )
@@ -151,6 +152,41 @@ class FedpersStrategy(Strategy):  # type: ignore[misc]
         diagnosis = diagnose(self.layout, received, self._broadcast, after, number)
         self.report = replace(self.report, diagnosis=diagnosis)
         return wire.to_record(after, sorted(self._broadcast)), metrics
+
+    def _answers(self, number: int, replies: Iterable[Message], expected: Arrays) -> dict[int, Arrays]:
+        """Return what counts of a round's replies, by the user's position.
+
+        One reply of each node that was asked: a second one would count beyond the clip. A failure is no update, and
+        neither is what a node elsewhere sends that no client of this run would: at user level, noise and denominator
+        are those of the claim, whoever comes.
+
+        Raises:
+            BadReply: such a reply where the clients are ours.
+        """
+        waiting, answers = set(self._sampled), {}
+        for message in replies:
+            node = message.metadata.src_node_id
+            if node not in waiting:
+                continue
+            waiting.remove(node)
+            if message.has_error():
+                self._left_out(number, node, wire.REASONS.get(message.error.code, wire.NO_ANSWER))
+                continue
+            try:
+                # In a simulation what is not finite counts as zero, and is counted.
+                answers[node - wire.FIRST_NODE] = wire.shared_of(message, expected, finite=self._tell is not None)
+            except wire.BadReply as bad:
+                if self._tell is None:
+                    raise
+                self._left_out(number, node, f"a reply with {bad.reason}")
+        return answers
+
+    def _left_out(self, number: int, node: int, why: str) -> None:
+        if self._tell is not None:
+            # Where the drawing is credited, who was drawn stays out of what is streamed to the operator.
+            secret = self.guarantee.amplification == "clients" and self.guarantee.rate < 1
+            who = "somebody who was asked" if secret else f"seat {node - wire.FIRST_NODE}"
+            self._tell(f"round {number}: {who} is left out: {why}")
 
     def _planned(self, number: int, participants: Sequence[int]) -> Release:
         """Return the round's ledger line, but for what is released."""

@@ -223,6 +223,8 @@ def _json(file: Path) -> Any:
         raise DataError(f"{file.name}, line {line}: not UTF-8.") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{file.name}, line {error.lineno}, column {error.colno}: not valid JSON.") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{file.name}: a number of thousands of digits, or lists in lists without end.") from None
 
 
 def _items(profile: Sequence[Any], task: Task, by_time: bool, skips: Skips, place: str) -> tuple[Item, ...]:

@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,8 @@ def rows(files: Sequence[Path], columns: Columns, skips: Skips) -> Iterator[tupl
             yield from found
         except OSError as error:
             raise DataError(f"{file.name}: cannot be read ({error.strerror or type(error).__name__}).") from error
+        except (pa.ArrowException, csv.Error, UnicodeDecodeError):  # their messages may quote a row
+            raise DataError(f"{file.name}: not a valid {kind[1:]} file.") from None
 
 
 def hub_rows(path: str, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -153,7 +156,7 @@ def as_time(value: Any) -> tuple[str, float]:
         return "date", (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     if isinstance(value, date):
         return "date", datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp()
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return "number", float(value)
     raise Bad("time_not_parsed", "the time is neither a number nor ISO 8601")
 
@@ -184,7 +187,7 @@ def _object(line: bytes) -> Mapping[str, Any]:
         tree = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise Bad("not_utf8", f"not UTF-8 at its byte {error.start + 1}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise Bad("broken_json", f"not valid JSON{column}") from None
     if not isinstance(tree, dict):
@@ -218,7 +221,9 @@ def _binary(file: Path, kind: str, columns: Columns) -> pa.Table:
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(source).read_all()
     _check_columns(file.name, columns, table.column_names)
-    return table.select(_names(columns))
+    table = table.select(_names(columns))
+    table.validate(full=True)  # else a damaged file could end the process
+    return table
 
 
 def _csv(file: Path, kind: str, columns: Columns, skips: Skips) -> pa.Table:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fedpers.config import TRUSTS, Trust, Unit
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
@@ -108,9 +108,13 @@ class Claim(BaseModel):
         return self.model_dump_json(indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read back what `to_json` wrote."""
-        return cls.model_validate_json(text)
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read back what `to_json` wrote; raises LedgerError for anything else."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            places = sorted({".".join(map(str, item["loc"])) or "the whole" for item in error.errors()[:3]})
+        raise LedgerError(f"claim.json is damaged, in {', '.join(places)}; restore it from a copy.")
 
     def label(self) -> str:
         """Short form for the axis of a figure, with epsilon rounded up."""
@@ -214,7 +218,8 @@ def claim_from(
         ledger_head=ledger.head,
         sentence="",
     )
-    return claim.model_copy(update={"sentence": " ".join(_sentences(claim, bool(clips), population_note))})
+    sentences = _sentences(claim, bool(clips), population_note, of_node)
+    return claim.model_copy(update={"sentence": " ".join(sentences)})
 
 
 def reread(claim: Claim, ledger: Ledger) -> Claim:
@@ -292,7 +297,7 @@ def _rate(rates: set[float]) -> str:
 
 
 _HONEST_SERVER = "the server (as long as it asks each client once a round, and in no round that the ledger lacks)"
-_SILENCE = "what a client's failure to answer tells"
+_SILENCE = "what a client's failure to answer tells, or the time that its answer takes"
 
 
 def adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
@@ -338,7 +343,8 @@ def adversaries(opening: Opening, total: float) -> tuple[list[str], list[str]]:
     else:
         not_against.append(personal)
     if opening.secret == EACH_ITS_OWN and opening.trust in {"user-local", "record-local"}:
-        not_against.append("a server whose app a node runs (Flower hands it over; only a pinned node leaves it shut)")
+        only = "only a node whose Flower commands are fedpers' own leaves it shut"
+        not_against.append(f"a server whose app a node runs (Flower hands it over; {only})")
     if opening.secret == "given in the configuration":
         not_against.append("whoever reads the configuration: it holds the secret that the noise is made from")
     return against, not_against
@@ -356,7 +362,7 @@ def rounded_up(value: float) -> str:
     return str(Decimal(repr(value)).quantize(Decimal("0.01"), rounding=ROUND_CEILING))
 
 
-def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
+def _sentences(claim: Claim, clipped: bool, population_note: str, of_node: bool) -> list[str]:
     delta = "" if claim.delta is None else f" and δ = {claim.delta:g}"
     unit = {"none": "anything", "record": "one record", "user": "one user"}[claim.unit]
     if claim.rounds == 0:
@@ -367,7 +373,8 @@ def _sentences(claim: Claim, clipped: bool, population_note: str) -> list[str]:
     elif claim.epsilon == math.inf:
         told = "nothing bounds what the releases tell"
         sentences = [
-            f"No privacy is claimed: none was asked for, so {told}; no guarantee (ε = ∞)."
+            f"No privacy is claimed: {'this node adds no noise' if of_node else 'none was asked for'}, so {told}; "
+            "no guarantee (ε = ∞)."
             if claim.unit == "none"
             else f"ε = ∞{delta} for {unit}: {_why_none(claim)}, so {told}; no guarantee."
         ]

@@ -16,6 +16,7 @@ from fedpers.errors import LedgerError
 from fedpers.privacy.accounting import GaussianEvent, epsilon
 from fedpers.privacy.claim import check_delta, rounded_up
 from fedpers.privacy.ledger import Ledger
+from fedpers.privacy.ledger_lines import SHARED
 from fedpers.privacy.spending import Epsilon
 
 
@@ -72,7 +73,7 @@ def forecast_from(ledger: Ledger) -> Forecast | None:
     population, scale = opening.simulated_population, opening.simulated_population / opening.population
     check_delta(opening.delta, population)
     events = [GaussianEvent(r.noise_multiplier * scale, r.sampling_rate, 1) for r in releases]
-    supposed = epsilon(events, opening.delta)
+    supposed = math.inf if opening.secret == SHARED else epsilon(events, opening.delta)
     noises, rates = {event.noise_multiplier for event in events}, {event.sampling_rate for event in events}
     rate = rates.pop() if len(rates) == 1 else None
     bound = "∞" if supposed == math.inf else rounded_up(supposed)

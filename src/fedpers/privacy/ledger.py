@@ -187,8 +187,11 @@ class Participants:
         data = self.path.read_bytes() if self.path.exists() else b""
         self._whole = data.rfind(b"\n") + 1  # a torn line was never synced, so nothing was released after it
         for line in data[: self._whole].splitlines():
-            entry = json.loads(line)
-            self._known[entry["round"]] = (entry["clients"], entry["salt"])
+            try:
+                entry = json.loads(line)
+                self._known[entry["round"]] = (entry["clients"], entry["salt"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise LedgerError(f"{self.path} is damaged; restore it from a copy.") from None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -285,7 +288,7 @@ def _split(path: Path) -> tuple[list[str], bool]:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -312,5 +315,5 @@ def _read(
         if isinstance(content, Release) and content.participants != stated:
             raise LedgerError(f"{where}: who took part, in {participants}, is not what this line was written for.")
         return content
-    except (ValueError, KeyError, AttributeError, TypeError) as error:  # pydantic's error is a ValueError
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:  # pydantic's: ValueError
         raise LedgerError(f"{where}: not a ledger line ({error}).") from error

@@ -97,7 +97,7 @@ def check_budget(ledger: Ledger, coming: Release, budget: float) -> None:
 def kind(opening: Opening) -> tuple[Hashable, ...]:
     """What user-level runs have in common whose releases can be composed."""
     fields = ("unit", "trust", "adjacency", "client_sampling", "amplification", "delta", "population")
-    return (*(getattr(opening, name) for name in fields), opening.filter is None)
+    return (*(getattr(opening, name) for name in fields), opening.filter is None, opening.secret == SHARED)
 
 
 def composed(ledgers: Sequence[Ledger], people: Sequence[Hashable] = ()) -> float:
@@ -118,7 +118,7 @@ def composed(ledgers: Sequence[Ledger], people: Sequence[Hashable] = ()) -> floa
     releases = [release for ledger in ledgers for release in ledger.releases]
     if not releases:
         return 0.0
-    if any(release.mechanism == "none" for release in releases):
+    if opening.secret == SHARED or any(release.mechanism == "none" for release in releases):
         return math.inf
     if opening.amplification == "none":  # each user's Gaussians are one, with the root of the summed squares
         totals: defaultdict[Hashable, defaultdict[int, float]] = defaultdict(lambda: defaultdict(float))

@@ -27,6 +27,8 @@ def read_run(path: Path) -> tuple[Run, Values]:
     """
     if not path.is_dir():
         raise RunDirectoryError(f"{path}: no such directory; name a finished run.")
+    if not RunDirectory(path).started:
+        raise RunDirectoryError(f"{path}: neither a run nor a sweep; name what `fedpers run` or `fedpers sweep` made.")
     if not RunDirectory(path).finished:
         raise RunDirectoryError(
             f"{path}: no finished run; finish it with `fedpers run ... --resume` first (an exported run has no results "

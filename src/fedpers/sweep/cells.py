@@ -13,7 +13,7 @@ from fedpers.config import Config, PrivacyConfig, assign, dump_config, parse_con
 from fedpers.errors import ConfigError
 from fedpers.privacy.levels import clipped_only, unprotected, with_own_secret
 
-EPSILON, INFINITE, CLIP = "privacy.epsilon", {"inf", ".inf"}, "clip"
+EPSILON, CLIP = "privacy.epsilon", "clip"
 AT_HOME = ("seed", "data", "task", "model", "personal", "engine")  # what training at home alone hangs on
 Tree = dict[str, Any]
 
@@ -66,9 +66,9 @@ def make_cell(base: Tree, changes: Mapping[str, Any], coordinates: Mapping[str, 
     standard = base.get("method", Config().method)
     if changes.get("method", standard) != standard:
         tree.pop("options", None)  # they are the base method's own
-    level = str(changes[EPSILON]).strip().lower() if EPSILON in changes else ""
+    level = _level(changes)
     for key, value in changes.items():
-        if key != EPSILON or level not in {*INFINITE, CLIP}:
+        if key != EPSILON or not level:
             assign(tree, key, value, f"{where}: {key}")
     config = parse_config(tree, where)
     local = _addressed(_at_home(config))
@@ -81,8 +81,22 @@ def make_cell(base: Tree, changes: Mapping[str, Any], coordinates: Mapping[str, 
     return Cell(coordinates, own, local if config.evaluation.local_only else None)
 
 
+def no_privacy(epsilon: Any) -> bool:
+    """Whether a value on the axis of epsilon is infinity, in any way of writing it that a configuration knows."""
+    return str(epsilon).strip().lower().removeprefix(".") in {"inf", "none"}
+
+
+def _level(changes: Mapping[str, Any]) -> str:
+    """Read the value on the axis of epsilon: "inf", CLIP, or nothing for a number, and where there is no such axis."""
+    if EPSILON not in changes:
+        return ""
+    if no_privacy(changes[EPSILON]):
+        return "inf"
+    return CLIP if str(changes[EPSILON]).strip().lower() == CLIP else ""
+
+
 def _at_level(privacy: PrivacyConfig, level: str, where: str) -> PrivacyConfig:
-    if level in INFINITE:
+    if level == "inf":
         return unprotected(privacy)
     if level == CLIP:
         try:

@@ -36,7 +36,7 @@ import yaml
 
 from fedpers.config import override, parse_config, read_tree
 from fedpers.errors import ConfigError
-from fedpers.sweep.cells import AT_HOME, Cell, Tree, make_cell
+from fedpers.sweep.cells import AT_HOME, EPSILON, Cell, Tree, make_cell, no_privacy
 
 VARIANT = "variant"
 _KEYS = ("name", "base", "product", "zip", "variants", "skip")
@@ -87,6 +87,10 @@ def expand(tree: Tree, overrides: Sequence[str] = (), folder: Path = Path(), whe
         ConfigError: an unknown key (with the nearest), a list that is none, lists of different lengths in `zip`, a key
             that is set twice, a grid without cells, two cells that are the same run, a cell that cannot be configured.
     """
+    if not tree.keys() - {"name"}:
+        raise ConfigError(f"{where}: is empty; docs/sweeps.md shows what a grid holds.")
+    if "base" not in tree and not tree.keys() & {"product", "zip", "variants"}:
+        raise ConfigError(f"{where}: is no grid but a configuration of one run; `fedpers run` makes it.")
     for key in tree:
         _known(key, _KEYS, where)
     name = parse_config({"name": tree.get("name", "grid")}, where).name
@@ -102,7 +106,7 @@ def expand(tree: Tree, overrides: Sequence[str] = (), folder: Path = Path(), whe
     cells = []
     for one, step, values in product(changes, steps, list(product(*crossed.values()))):
         chosen = {**step, **dict(zip(crossed, values, strict=True))}
-        coordinates = {**({VARIANT: one} if named else {}), **{key: _text(value) for key, value in chosen.items()}}
+        coordinates = {**({VARIANT: one} if named else {}), **{key: _text(key, value) for key, value in chosen.items()}}
         if not any(all(coordinates[key] in skipped for key, skipped in each.items()) for each in conditions):
             cells.append(make_cell(starts[one], {**changes[one], **chosen}, coordinates, where))
     if not axes or not cells:
@@ -172,8 +176,8 @@ def _conditions(conditions: Any, axes: Axes, where: str) -> list[dict[str, set[s
         skipped = {}
         for key, values in _mapping(condition, where).items():
             _known(key, list(axes), where)
-            skipped[key] = {_text(value) for value in (values if isinstance(values, list) else [values])}
-            have = [_text(value) for value in axes[key]]
+            skipped[key] = {_text(key, value) for value in (values if isinstance(values, list) else [values])}
+            have = [_text(key, value) for value in axes[key]]
             if missing := sorted(skipped[key] - set(have)):
                 raise ConfigError(f"{where}: {key} has no value {missing[0]}; it has {', '.join(have)}.")
         if not skipped:
@@ -227,10 +231,12 @@ def _mapping(found: Any, where: str) -> dict[str, Any]:
     return found
 
 
-def _text(value: Any) -> str:
+def _text(key: str, value: Any) -> str:
     """Write a value as a coordinate: numbers alike however they are written, sections as JSON."""
+    if key == EPSILON and no_privacy(value):
+        return "inf"
     if isinstance(value, str):
         return value
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
-    return json.dumps(value, sort_keys=True)
+    return json.dumps(value, sort_keys=True, default=str)

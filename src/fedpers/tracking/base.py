@@ -24,7 +24,8 @@ from fedpers.run_directory import without_folders
 from fedpers.tracking import check_names
 
 SINGLE = {"median_update_norm"}  # the median of an odd number of norms is one client's own
-OF_EVERYBODY = ("clients", "epsilon", "bytes_", "global_", "own_")  # the rest is about those who were in the round
+OVER_USERS = ("global_", "own_")
+OF_EVERYBODY = ("clients", "epsilon", "bytes_", *OVER_USERS)  # the rest is about those who were in the round
 
 
 class Tracker(Protocol):
@@ -97,29 +98,30 @@ class Tracking:
                     f"{path} with --resume."
                 ) from error
 
-    def rounds(self, history: Sequence[Mapping[str, Any]]) -> None:
+    def rounds(self, users: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Tell each tracker the rounds that it does not have yet.
 
         Args:
+            users: how many the means over users are about, at most.
             history: a row of rounds.parquet for each round that is final.
         """
         for name, tracker in list(self._open.items()):
-            self._try(name, partial(self._catch_up, name, tracker, history))
+            self._try(name, partial(self._catch_up, name, tracker, users, history))
 
     def finish(self, config: Config, path: Path, summary: Mapping[str, Any], claim: str, epsilon: float) -> None:
         """Tell each tracker what is missing of a finished run, and its results."""
         if not self._open:
             return
         self.start(config, path)  # a run that was finished before has not started any
-        self.rounds(pq.read_table(path / "rounds.parquet").to_pylist())
+        self.rounds(summary["users"], pq.read_table(path / "rounds.parquet").to_pylist())
         found = totals(summary, epsilon)
         for name, tracker in list(self._open.items()):
             self._try(name, partial(tracker.finish, found, claim))
 
-    def _catch_up(self, name: str, tracker: Tracker, history: Sequence[Mapping[str, Any]]) -> None:
+    def _catch_up(self, name: str, tracker: Tracker, users: int, history: Sequence[Mapping[str, Any]]) -> None:
         for row in history:
             if row["round"] > self._told[name]:
-                tracker.round(row["round"], numbers(row))
+                tracker.round(row["round"], numbers(row, users))
                 self._told[name] = row["round"]
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
@@ -150,27 +152,32 @@ def optional(package: str, extra: str) -> ModuleType:
         ) from error
 
 
-def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+def numbers(row: Mapping[str, Any], users: int) -> dict[str, float]:
     """Choose what may be told of a round: nothing about a single person.
 
-    Where one client took part, means over clients are that client's, and only what is about everybody is left.
+    Where one client took part, means over clients are that client's, and only what is about everybody is left; where
+    there is one user, means over users are that user's.
     """
     return {
         name: float(value)
         for name, value in row.items()
         if value is not None and name != "round" and name not in SINGLE
         if row["clients"] > 1 or name.startswith(OF_EVERYBODY)
+        if users > 1 or not name.startswith(OVER_USERS)
     }
 
 
 def totals(summary: Mapping[str, Any], epsilon: float) -> dict[str, float]:
     """Choose what may be told of a finished run: means over users with their intervals, and counts of users.
 
-    No worst decile: among few users that is a single one's. No infinite epsilon: the claim says it in words.
+    No worst decile: among few users that is a single one's, as all means are of one user. No infinite epsilon: the
+    claim says it in words.
     """
     found: dict[str, float] = {"users": summary["users"], "rounds": summary["rounds"]}
     if math.isfinite(epsilon):
         found["epsilon"] = epsilon
+    if summary["users"] == 1:
+        return found
     for kind, one in summary["metrics"].items():
         low, high = one["ci95"]
         name = f"{kind}_{summary['metric']}"
