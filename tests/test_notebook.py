@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from scipy import stats
+from traitlets.config import Config
 
 from fedpers import registry
 from fedpers.errors import ConfigError
@@ -96,7 +97,8 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
         asked = f"import json\nprint(json.dumps([folder.name, {asked}]))"
         notebook.cells.append(nbformat.v4.new_code_cell(asked, id="asked"))
         where = {"metadata": {"path": str(FOLDER)}}
-        NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where).execute()
+        patient = Config({"KernelManager": {"shutdown_wait_time": 120}})  # a kernel that is killed cannot clean up
+        NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where, config=patient).execute()
         found = Shown(code_of(notebook))
         assert not Path(found.told[0]).exists()  # the kernel is gone, and private state with it
         return found
@@ -117,7 +119,7 @@ def test_quickstart(shown: Callable[[str, str], Shown]) -> None:
     assert claim["unit"] == "user"
     assert found.text("train").strip() == claim["sentence"]
     assert "did you mean" in found.text("config")
-    assert "'epsilon'" in found.text("config")
+    assert "epsilon'?" in found.text("config")
     assert [
         one for one in (*claim["not_protected_against"], *claim["excluded"]) if one not in found.text("promised")
     ] == []
