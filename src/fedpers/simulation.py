@@ -180,7 +180,7 @@ def _simulate(
             save_shared(model, place.with_name(f"cluster{version}"), clients.layout.version(shared, version))
     result = summarize(table, metric=task.metric, seed=config.seed, higher_is_better=task.higher_is_better)
     references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
-    label = f"{claim.label()}; the metrics are exact, which no claim covers"
+    label = f"{claim.label()}; the metrics are exact and not covered"
     learning_curve(rounds, references, label, directory.figures, task.metric)
     against = "global" if experiment.plan.personal else "zero_shot"
     per_user_gain(table, label, directory.figures, against, task.metric, higher_is_better=task.higher_is_better)

@@ -246,10 +246,15 @@ def _client_key(directory: RunDirectory, place: Place) -> bytes:
 def _alone(state: Path) -> Iterator[None]:
     """Answer one message at a time, and let nobody else read what is written."""
     state.parent.mkdir(parents=True, exist_ok=True)
-    before = os.umask(0o077)
+    descriptor = os.open(state.with_name(f"{state.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with state.with_name(f"{state.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        before = os.umask(
+            0o077
+        )  # under the lock: it is the whole process's, and threads would leave each other's behind
+        try:
             yield
+        finally:
+            os.umask(before)
     finally:
-        os.umask(before)
+        os.close(descriptor)
