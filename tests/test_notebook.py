@@ -158,7 +158,6 @@ def test_frontier(shown: Callable[[str, str], Shown]) -> None:
     assert [f"{mean:.3f}" for mean in means if f": {mean:.3f}, noise" not in found.text("numbers")] == []
     assert f"{np.mean([one['own_mean'] for one in free]):.3f}" in found.text("numbers")
     assert found.draws("frontier")
-    assert found.draws("gains")
     assert "is promised nothing: 8 of them added no noise" in found.text("promised")
     assert "4 runs promise together at user level" in found.text("promised")
 
