@@ -32,20 +32,22 @@ Arrays = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Away:
-    """Clients that are elsewhere: on Flower's Ray runtime, or on the users' own machines.
+class Road:
+    """The way to the clients: in this process, or elsewhere, on Flower's Ray runtime or on the users' own machines.
 
     Attributes:
-        grid: the way to them; its node FIRST_NODE + position acts for the user at that position.
+        grid: leads to them; its node FIRST_NODE + position acts for the user at that position.
         told: what every training message says besides arrays and round.
         secret: where the keys come from.
         timeout: seconds for which a round waits for answers.
+        away: whether they are elsewhere.
     """
 
     grid: Any
     told: Mapping[str, str]
     secret: Secret
     timeout: float
+    away: bool = True
 
 
 def federate(
@@ -55,22 +57,22 @@ def federate(
     server_key: bytes,
     reporter: Reporter,
     track: Callable[[Sequence[dict[str, Any]]], None] = lambda history: None,
-    away: Away | None = None,
+    road: Road | None = None,
 ) -> tuple[Arrays, Ledger, list[dict[str, Any]]]:
     """Run the rounds that are left through Flower; returns final shared arrays, ledger and a row per round.
 
     `track` is given the rows of all rounds so far, once they are on disk: at the start and after each round.
-    With `away` the clients are elsewhere, and `clients` tells their layout alone.
+    Without a `road` the clients are `clients`, in this process; where they are away, those tell their layout alone.
     """
     config = experiment.config
+    road = road or Road(CohortGrid(clients), {}, directory.secret_origin(), timeout=3600, away=False)
     done = directory.recover(clients.store)
     history = list(done.history) if done else []
     track(history)
     users = experiment.examples.users
     shared: Arrays = clients.layout.broadcast()
-    origin = directory.secret_origin() if away is None else away.secret
     key = fingerprint(server_key, "run")
-    opening = experiment.guarantee.opening(config, clients.shared_names, len(users), origin, key)
+    opening = experiment.guarantee.opening(config, clients.shared_names, len(users), road.secret, key)
     if done is not None:
         shared = done.shared
         ledger = Ledger.rewind(directory.ledger, done.ledger_lines)
@@ -85,7 +87,7 @@ def federate(
             f"{directory.ledger} was opened for another run, in {', '.join(changed)}: people, records, model, method "
             "or version are no longer what it was started with; start a new run."
         )
-    if away is not None and ledger.pending:
+    if road.away and ledger.pending:
         raise LedgerError(
             f"{directory.ledger}: the server was stopped between its line for round {ledger.pending[0].round} and its "
             "checkpoint, and nodes answer a round once, so the run cannot go on; start another, with a new `out` here "
@@ -94,7 +96,7 @@ def federate(
     rounds = config.rounds if clients.shared_names else 0
     strategy = FedpersStrategy(
         config, experiment.guarantee, users, ledger, server_key, clients.layout, first_round=len(history),
-        tell=None if away is None else reporter.message,
+        tell=reporter.message if road.away else None,
     )  # fmt: skip
     if done is not None:
         strategy.load_state(done.strategy)
@@ -129,9 +131,8 @@ def federate(
         initial = wire.to_record(shared, clients.shared_names)
         try:
             strategy.start(
-                CohortGrid(clients) if away is None else away.grid, initial, num_rounds=rounds - len(history),
-                timeout=3600 if away is None else away.timeout,
-                train_config=ConfigRecord({} if away is None else dict(away.told)), evaluate_fn=after_round,
+                road.grid, initial, num_rounds=rounds - len(history), timeout=road.timeout,
+                train_config=ConfigRecord(dict(road.told)), evaluate_fn=after_round,
             )  # fmt: skip
         except BudgetSpent:
             reporter.message(f"the budget is spent after {len(history)} of {rounds} rounds")

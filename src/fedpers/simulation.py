@@ -20,7 +20,7 @@ from fedpers import frontier
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.layout import layout
 from fedpers.cohort.personal_store import PersonalStore
-from fedpers.cohort.saving import save_shared
+from fedpers.cohort.saving import save_versions
 from fedpers.cohort.tuning import tune
 from fedpers.config import FAMILIES, Config
 from fedpers.errors import RunDirectoryError
@@ -112,9 +112,10 @@ def simulate(
         FedpersError: for anything that the caller can mend; nothing is written over.
         TrackingError: a tracker cannot be started; or, after all else is done and written, one failed on the way.
     """
+    reporter = reporter or Reporter()
     try:
-        with Tracking(track, reporter or Reporter()) as tracking:
-            run = _simulate(config, out, resume, reporter or Reporter(), reuse or Reuse(), tracking)
+        with Tracking(track, reporter) as tracking:
+            run = _simulate(config, out, resume, reporter, reuse or Reuse(), tracking)
             tracking.finish(run.config, run.path, run.summary, run.claim.sentence, run.claim.epsilon)
     except OSError as error:
         if error.errno not in NOT_WRITTEN:
@@ -174,10 +175,7 @@ def _simulate(
     write_table(table, directory.path / "users.parquet")
     write_table(rounds, directory.path / "rounds.parquet")
     if shared:
-        place = directory.fresh_adapters()
-        save_shared(model, place, clients.layout.common(shared))
-        for version in range(clients.layout.clusters):
-            save_shared(model, place.with_name(f"cluster{version}"), clients.layout.version(shared, version))
+        save_versions(model, clients.layout, directory.fresh_adapters(), shared)
     result = summarize(table, metric=task.metric, seed=config.seed, higher_is_better=task.higher_is_better)
     references = {kind: one["mean"] for kind, one in result["metrics"].items() if kind != "global"}
     label = f"{claim.label()}; the metrics are exact and not covered"

@@ -8,10 +8,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpers.cohort.layout import Layout
 from fedpers.cohort.model import CohortModel
 from fedpers.models import adapters
 from fedpers.models.array_names import GATE, group_of
 from fedpers.models.backbone import public_name
+
+
+def save_versions(
+    model: CohortModel, layout: Layout, directory: Path, shared: Mapping[str, NDArray[np.float32]]
+) -> None:
+    """Write the shared arrays as `save_shared` does and, where there are several models, each one beside them."""
+    save_shared(model, directory, layout.common(shared))
+    for version in range(layout.clusters):
+        save_shared(model, directory.with_name(f"cluster{version}"), layout.version(shared, version))
 
 
 def save_shared(model: CohortModel, directory: Path, arrays: Mapping[str, NDArray[np.float32]]) -> None:

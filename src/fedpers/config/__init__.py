@@ -2,7 +2,16 @@
 
 from fedpers.config.base import ALIASES, FAMILIES, FAMILY, GROUPS, PLAIN, Family, expand, spoken
 from fedpers.config.data import ColumnsConfig, DataConfig, LampConfig, PartitionConfig, TaskConfig
-from fedpers.config.load import assign, dump_config, load_config, override, parse_config, read_tree, result_text
+from fedpers.config.load import (
+    GRID_KEYS,
+    assign,
+    dump_config,
+    load_config,
+    override,
+    parse_config,
+    read_tree,
+    result_text,
+)
 from fedpers.config.privacy import TRUSTS, Epsilon, HeadPolicy, PrivacyConfig, Trust, Unit
 from fedpers.config.run import AdapterConfig, Config, EvaluationConfig, LearningRates, TrainConfig
 
@@ -10,6 +19,7 @@ __all__ = [
     "ALIASES",
     "FAMILIES",
     "FAMILY",
+    "GRID_KEYS",
     "GROUPS",
     "PLAIN",
     "TRUSTS",

@@ -14,7 +14,7 @@ from fedpers.config.refused import REFUSED
 from fedpers.config.run import Config
 from fedpers.errors import ConfigError
 
-_GRID = {"product", "zip", "variants"}  # keys of a grid file (sweep/grid.py) and of no configuration
+GRID_KEYS = {"product", "zip", "variants"}  # keys of a grid file (sweep/grid.py) and of no configuration
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -24,7 +24,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
         ConfigError: no such file, broken YAML, a grid file, unknown key, or a value that is not allowed.
     """
     tree = {} if path is None else read_tree(Path(path))
-    if _GRID & tree.keys():
+    if GRID_KEYS & tree.keys():
         raise ConfigError(f"{path} asks for many runs; `fedpers sweep {path}` makes them, `fedpers run` makes one.")
     for text in overrides:
         override(tree, text)

@@ -99,7 +99,7 @@ def pair(table: pa.Table, other: str, metric: str = "accuracy", *, higher_is_bet
     The table is that of a run, or the rows of runs of a sweep that differ in their seed alone. Raises DataError if the
     metric is missing, a user lacks a seed, or record counts contradict the accuracy.
     """
-    own_rows, other_rows = rows_of(table, "own", metric), rows_of(table, other, metric)
+    own_rows, other_rows = _rows(table, "own", metric), _rows(table, other, metric)
     if own_rows is None or other_rows is None:
         return None
     if not np.array_equal(own_rows["seed"][:, 0], other_rows["seed"][:, 0]):
@@ -134,7 +134,7 @@ def summarize(
     metrics: dict[str, dict[str, Any]] = {}
     comparisons: dict[str, Comparison] = {}
     for kind in KINDS:
-        rows = rows_of(table, kind, metric)
+        rows = _rows(table, kind, metric)
         if rows is None:
             continue
         values, eligible = rows[metric], (rows["test_records"] >= MINIMUM_RECORDS).all(axis=0)
@@ -247,7 +247,7 @@ def _place(row: Mapping[str, Any]) -> tuple[int, int, int]:
     return row["seed"], row["user"], KINDS.index(row["kind"])
 
 
-def rows_of(table: pa.Table, kind: str, metric: str) -> dict[str, Any] | None:
+def _rows(table: pa.Table, kind: str, metric: str) -> dict[str, Any] | None:
     """Columns of one model kind as `(seeds, users)` arrays, or None if the kind is absent."""
     names = ("seed", "user", "test_records", "only_own", "only_other", metric)
     missing = [name for name in (*names, "kind") if name not in table.column_names]

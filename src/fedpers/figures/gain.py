@@ -76,14 +76,19 @@ def per_user_gain(
     return save(fig, directory, f"gain_over_{against}")
 
 
-def _draw_band(ax: Axes, both: Pair, eligible: NDArray[np.intp], gains: Floats, rng: np.random.Generator) -> None:
-    label = "sign flips, 95%"
+def chance_band(both: Pair, users: NDArray[np.intp], gains: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Band of sorted gains by chance, under the first seed: coin flips per record where they are counted, else signs.
+
+    `users` are places in `both`, and `gains` theirs. Returns and raises as `statistics.null_band`.
+    """
     if both.only_own is None or both.only_other is None:
-        low, high = sign_flip_band(gains, rng)
-    else:
-        label = "coin flips, 95%"
-        discordant = both.only_own[0, eligible] + both.only_other[0, eligible]
-        low, high = null_band(both.test_records[0, eligible], discordant, rng)
+        return sign_flip_band(gains, rng)
+    return null_band(both.test_records[0, users], (both.only_own + both.only_other)[0, users], rng)
+
+
+def _draw_band(ax: Axes, both: Pair, eligible: NDArray[np.intp], gains: Floats, rng: np.random.Generator) -> None:
+    label = f"{'sign' if both.only_own is None else 'coin'} flips, 95%"
+    low, high = chance_band(both, eligible, gains, rng)
     # Half a rank more on both sides: a single user is a band, not a line.
     ranks = np.concatenate([[0.5], np.arange(1, low.size + 1), [low.size + 0.5]])
     low, high = np.pad(low, 1, mode="edge"), np.pad(high, 1, mode="edge")

@@ -22,10 +22,9 @@ from fedpers.evaluation.statistics import (
     Floats,
     compare,
     minimum_detectable_effect,
-    null_band,
-    sign_flip_band,
     without_dust,
 )
+from fedpers.figures.gain import chance_band
 from fedpers.figures.style import BLUE, GREY, VERMILLION, save, style, title
 from fedpers.figures.sweep_facets import MOST_MARKS, explain, facets, file_name, heading, sample
 from fedpers.sweep.points import Panel, Point, panels
@@ -99,7 +98,7 @@ def _draw(ax: Axes, point: Point, panel: Panel, against: str, pairs: Mapping[Poi
     gains = [_gains(panel, both) for both in found]
     chosen = sample(gains[0].size, rng)
     ranks = _ranks(chosen.size)
-    low, high = (np.pad(edge, 1, "edge") for edge in _band(found[0], gains[0], chosen, rng))
+    low, high = (np.pad(edge, 1, "edge") for edge in chance_band(found[0], chosen, gains[0][chosen], rng))
     ax.fill_between(np.concatenate([[0.0], ranks, [100.0]]), low, high, zorder=1, **_BAND)
     for others in gains[1:]:
         some = np.sort(others[sample(others.size, rng)])
@@ -120,12 +119,6 @@ def _gains(panel: Panel, both: Pair) -> Floats:
 
 def _ranks(number: int) -> Floats:
     return (np.arange(number) + 0.5) / number * 100
-
-
-def _band(both: Pair, gains: Floats, chosen: Any, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    if both.only_own is None or both.only_other is None:
-        return sign_flip_band(gains[chosen], rng)
-    return null_band(both.test_records[0, chosen], (both.only_own + both.only_other)[0, chosen], rng)
 
 
 def _counts(panel: Panel, first: Pair, gains: Sequence[Floats]) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.personal_store import PersonalStore
-from fedpers.cohort.saving import save_shared
+from fedpers.cohort.saving import save_versions
 from fedpers.config import Config, load_config, result_text
 from fedpers.data import Federation, load
 from fedpers.experiment import build_model, prepare
@@ -27,7 +27,7 @@ from fedpers.flower.roll import Roll
 from fedpers.privacy.claim import TUNING, Claim, claim_from
 from fedpers.privacy.randomness import run_keys, seed_key
 from fedpers.reporting import PlainReporter
-from fedpers.rounds import Away, federate
+from fedpers.rounds import Road, federate
 from fedpers.run_directory import RunDirectory
 
 ANSWERS = "what nodes answer to evaluation messages, where their owners allow it; this server sends none"
@@ -68,19 +68,16 @@ def serve(grid: Any, settings: Mapping[str, Any]) -> Claim:
     clients = Clients(unmeasured, experiment.plan, experiment.guarantee, model, store, b"")
     secret = origin(directory, config)
     roll = Roll(grid, len(federation.users), float(settings.get("patience", 60)))
-    away = Away(
+    road = Road(
         roll, {"configuration": configuration_hash(config, secret)}, secret, float(settings.get("timeout", 600))
     )
     server_key, _ = run_keys(directory.secret(), result_text(config))
-    shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, away=away)
+    shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, road=road)
     claim = claim_from(
         ledger, expected_rounds=len(history), excluded=[ANSWERS, TUNING, *federation.facts], population_note=ROADS
     )
     if shared:
-        place = directory.fresh_adapters()
-        save_shared(model, place, clients.layout.common(shared))
-        for version in range(clients.layout.clusters):
-            save_shared(model, place.with_name(f"cluster{version}"), clients.layout.version(shared, version))
+        save_versions(model, clients.layout, directory.fresh_adapters(), shared)
     directory.write_text("claim.json", claim.to_json())
     reporter.message(claim.sentence)
     return claim

@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from fedpers.config import override, parse_config, read_tree
+from fedpers.config import GRID_KEYS, override, parse_config, read_tree
 from fedpers.errors import ConfigError
 from fedpers.sweep.cells import AT_HOME, EPSILON, Cell, Tree, make_cell, no_privacy
 
@@ -89,7 +89,7 @@ def expand(tree: Tree, overrides: Sequence[str] = (), folder: Path = Path(), whe
     """
     if not tree.keys() - {"name"}:
         raise ConfigError(f"{where}: is empty; docs/sweeps.md shows what a grid holds.")
-    if "base" not in tree and not tree.keys() & {"product", "zip", "variants"}:
+    if "base" not in tree and not tree.keys() & GRID_KEYS:
         raise ConfigError(f"{where}: is no grid but a configuration of one run; `fedpers run` makes it.")
     for key in tree:
         _known(key, _KEYS, where)
