@@ -20,6 +20,7 @@ import pytest
 import fedpers.privacy.ledger as ledger_module
 from conftest import SECRET
 from fedpers import cli, run_directory, simulation
+from fedpers.cohort import saving
 from fedpers.cohort.clients import Clients
 from fedpers.cohort.model import CohortModel
 from fedpers.cohort.personal_store import PersonalStore
@@ -156,7 +157,7 @@ def half_adapters(patch: pytest.MonkeyPatch) -> None:
         (directory / ".tmpwhatever").write_bytes(b"half")
         raise Crash
 
-    patch.setattr(simulation, "save_shared", crashing)
+    patch.setattr(saving, "save_shared", crashing)
 
 
 def half_ledger_line(number: int) -> Callable[[pytest.MonkeyPatch], None]:

@@ -21,6 +21,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file, save
 
@@ -163,7 +164,10 @@ def near(arrays: Mapping[str, NDArray[Any]]) -> bool:
 
 
 def contents(path: Path) -> bytes:
-    """A file as it is, and a table's columns written out."""
+    """A file as it is; a table's columns written out, too; a picture unpacked: packed bytes hold any four by chance."""
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            return repr(picture.info).encode() + picture.tobytes()
     data = path.read_bytes()
     return data + repr(pq.read_table(path).to_pydict()).encode() if path.suffix == ".parquet" else data
 
