@@ -171,4 +171,6 @@ class LinearHead(nn.Module):
 
 def gather(embedded: Tensor, candidates: NDArray[np.int64]) -> Tensor:
     """Return the embeddings (rows, candidates, width) that the candidates point to."""
-    return embedded[torch.from_numpy(candidates)]
+    # index_select copies whole rows, which indexing does number by number.
+    rows = embedded.index_select(0, torch.from_numpy(candidates.reshape(-1)))
+    return rows.reshape(*candidates.shape, -1)
