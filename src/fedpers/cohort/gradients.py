@@ -145,7 +145,7 @@ class Gradients:
             if fixed is None:
                 context = model.contexts(rows, owners)
             else:
-                context = fixed.encoded[torch.from_numpy(fixed.places[number][part])]
+                context = fixed.encoded.index_select(0, torch.from_numpy(fixed.places[number][part]))
             losses = model.losses(context, rows, owners)
             if private is None:
                 (losses * weights[torch.from_numpy(part)]).sum().backward()  # type: ignore[no-untyped-call]

@@ -51,6 +51,8 @@ class CohortLinear(nn.Module):
         """Map x (records, ..., in) to (records, ..., out)."""
         # index_select, not weight[owners]: the latter's backward is not deterministic on a CPU.
         weight = self.weight.index_select(0, self.owners.index)
+        if x.dim() == 2 and self.out_features == 1:  # a fifth of the time of as many products of two vectors
+            return (weight.squeeze(1) * x).sum(dim=1, keepdim=True)
         flat = x.reshape(len(x), -1, self.in_features)
         # The weight on the left: this way round the backward's small products take a third to a half of the time.
         found = torch.bmm(weight, flat.transpose(1, 2)).transpose(1, 2)
@@ -67,6 +69,8 @@ def per_record_gradient(
     records = len(backprops)
     inputs = activations[0].reshape(records, -1, layer.in_features)
     outputs = backprops.reshape(records, -1, layer.out_features)
+    if inputs.shape[1] == 1:
+        return {layer.weight: outputs.transpose(1, 2) * inputs}
     return {layer.weight: torch.bmm(outputs.transpose(1, 2), inputs)}
 
 
