@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -20,15 +20,38 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 SECRET = "5ec2e7" + "00" * 29  # a test secret: whoever reads it can subtract the noise, so it protects nobody
+# Where clients add the noise, who sees what and what is clipped is the same for methods of one kind (what is kept, what
+# travels beside, turns, several models, own copies, the server's own step), so one method of each kind runs there.
+KINDS = {
+    "apfl", "fedala", "fedbabu", "feddpa", "fedex-lora", "fedper", "ifca", "pfedme", "rolora", "scaffold", "sdflora",
+}  # fmt: skip
+LONG = {"test_wheel", "test_notebook", "test_deployment", "test_sweep", "test_inversion", "test_site", "test_convert"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with tests of half a minute first: begun last, one keeps a worker busy while the other has no more."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)
 def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave pictures undrawn, a second in a run of two, but in tests marked `pictures`: those that look at them."""
-    if request.node.get_closest_marker("pictures") is None:
+    """Leave pictures undrawn, a second in a run of two, but in tests marked `pictures`: those that look at them.
+
+    `pictures("svg")` draws that kind alone, which has all of a picture's text.
+    """
+    marker = request.node.get_closest_marker("pictures")
+    if marker is None or marker.args:
         from matplotlib.figure import Figure
 
-        monkeypatch.setattr(Figure, "savefig", lambda self, where, **_: where.write(b"a picture, undrawn"))
+        draw, kinds = Figure.savefig, marker.args if marker else ()
+
+        def savefig(self: Figure, where: BinaryIO, *, format: str, **options: Any) -> None:
+            if format in kinds:
+                draw(self, where, format=format, **options)
+            else:
+                where.write(b"a picture, undrawn")
+
+        monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 def opening_fields(unit: Unit, **changes: Any) -> dict[str, Any]:

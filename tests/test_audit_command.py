@@ -59,7 +59,8 @@ def test_a_user_level_setup_is_audited_whole(
 
 @pytest.mark.slow
 def test_a_record_level_setup_is_audited_whole(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny(privacy={**USER, "unit": "record", "epsilon": 2}, data={"users": 20})
+    """With a head alone; records under adapters are audited in test_canaries.py, inversion above."""
+    config = tiny(privacy={**USER, "unit": "record", "epsilon": 2}, data={"users": 20}, share="head")
     found = audit(config, tmp_path / "out")
     assert found.violations == []
     assert {one.unit for one in found.findings} == {"record"}

@@ -14,7 +14,8 @@ from fedpers.config import Unit
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
 from fedpers.privacy import spending
 from fedpers.privacy.accounting import GaussianEvent, epsilon
-from fedpers.privacy.claim import TUNING, Claim, check_delta, claim_from
+from fedpers.privacy.claim import TUNING, Claim, check_delta
+from fedpers.privacy.claiming import claim_from
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Opening, Release
 

@@ -13,7 +13,7 @@ import flwr.serverapp.strategy as stock
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -29,7 +29,7 @@ from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
 from fedpers.evaluation.models import shared_metrics
 from fedpers.experiment import Experiment, Reuse, build_model, prepare
 from fedpers.flower import messages as wire
-from fedpers.flower.client_app import make_client_app
+from fedpers.flower.client_app import answer
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy, stock_strategy
 from fedpers.methods.base import PERSONAL, SHARED
@@ -231,19 +231,17 @@ def test_an_unmodified_strategy_trains_and_evaluates_on_the_grid(
 @pytest.mark.parametrize(
     ("method", "privacy"), [("fedper", {}), ("fedbabu", RECORD_LEVEL)], ids=["fedper-none", "fedbabu-record"]
 )
-def test_the_client_app_answers_as_the_grid_does(world: Make, method: str, privacy: dict[str, Any]) -> None:
-    """One client function serves both: a cohort of one is still a cohort, whatever it keeps for itself."""
+def test_a_cohort_of_one_answers_as_the_grid_does(world: Make, method: str, privacy: dict[str, Any]) -> None:
+    """One client function serves both, whatever a client keeps for itself."""
     here = world(method=method, privacy=privacy, local={"batch_size": 3, "lr": {"adapter": 0.1, "head": 0.1}})
     together, alone = here.clients(), here.clients()
     grid = WatchedGrid(together)
     result = stock.FedAvg(fraction_evaluate=1.0).start(grid=grid, initial_arrays=here.initial(together), num_rounds=2)
     assert result.arrays is not None
-    app = make_client_app(alone, pytest.fail)
     for sent, replies in grid.seen:
         for message, expected in zip(sorted(sent, key=lambda m: m.metadata.dst_node_id), replies, strict=True):
             node = message.metadata.dst_node_id
-            context = Context(1, node, {"partition-id": node - wire.FIRST_NODE}, RecordDict(), {})
-            reply = app(message, context)
+            (reply,) = answer(alone, [node - wire.FIRST_NODE], [message], pytest.fail)
             assert reply.metadata.src_node_id == expected.metadata.src_node_id == node
             assert set(reply.content) == set(expected.content)
             if wire.ARRAYS in expected.content:
@@ -766,11 +764,7 @@ def test_metrics_travel_only_where_nothing_is_claimed(world: Make, privacy: dict
         RecordDict({wire.ARRAYS: here.initial(clients), wire.CONFIG: ConfigRecord({"server-round": 1})}),
         dst_node_id=wire.FIRST_NODE + 2, message_type=MessageType.EVALUATE,
     )  # fmt: skip
-    app = make_client_app(clients, pytest.fail)
-    for reply in (
-        grid.send_and_receive([message])[0],
-        app(message, Context(1, 2, {"partition-id": 2}, RecordDict(), {})),
-    ):
+    for reply in (*grid.send_and_receive([message]), *answer(clients, [2], [message], pytest.fail)):
         assert set(reply.content) == {wire.METRICS}
         metrics = dict(reply.content[wire.METRICS])
         assert metrics.pop("num-examples") == 1
@@ -786,15 +780,14 @@ def test_a_failing_client_tells_the_server_nothing_and_the_simulator_everything(
     clients = here.clients()
     grid = CohortGrid(clients)
     told: list[Exception] = []
-    app = make_client_app(clients, told.append)
     config = ConfigRecord({"server-round": 1})
 
     def message(kind: str, **content: Any) -> Message:
         whole = {wire.ARRAYS: here.initial(clients), wire.CONFIG: config, **content}
         return Message(RecordDict(whole), dst_node_id=wire.FIRST_NODE, message_type=kind)
 
-    def answer(asked: Message, user: int = 0) -> Message:
-        return app(asked, Context(1, wire.FIRST_NODE, {"partition-id": user}, RecordDict(), {}))
+    def answered(asked: Message, user: int = 0) -> Message:
+        return answer(clients, [user], [asked], told.append)[0]
 
     def check(reply: Message) -> None:
         assert reply.has_error()
@@ -807,7 +800,7 @@ def test_a_failing_client_tells_the_server_nothing_and_the_simulator_everything(
     with monkeypatch.context() as patch:
         patch.setattr(here.model, "contexts", broken)
         for kind in (MessageType.TRAIN, MessageType.EVALUATE):
-            check(answer(message(kind)))
+            check(answered(message(kind)))
             assert isinstance(told[-1], RuntimeError)
             assert WORDS in str(told.pop())
             with pytest.raises(RuntimeError, match=WORDS):
@@ -816,14 +809,14 @@ def test_a_failing_client_tells_the_server_nothing_and_the_simulator_everything(
         message("train", **{wire.CONFIG: ConfigRecord({WORDS: 1})}),
         message("train", **{wire.ARRAYS: ArrayRecord({WORDS: Array(np.zeros(1))})}),
     ):
-        check(answer(odd))
+        check(answered(odd))
         assert told.pop()
-    check(answer(message("train"), user=USERS))
+    check(answered(message("train"), user=USERS))
     assert isinstance(told.pop(), IndexError)
 
     (reply,) = grid.send_and_receive([message("train")])  # a failure is over once it has been raised
     assert not reply.has_error()
-    assert not answer(message("train")).has_error()
+    assert not answered(message("train")).has_error()
     assert told == []
 
 

@@ -26,7 +26,7 @@ from fedpers.privacy.claim import Claim, rounded_up
 from fedpers.privacy.forecast import Forecast, forecast_from
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import ADJACENCIES, SHARED, Opening, Release
-from fedpers.run_directory import export_public
+from fedpers.public import export_public
 from fedpers.simulation import Run, simulate
 
 Tiny = Callable[..., Config]

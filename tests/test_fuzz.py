@@ -28,7 +28,8 @@ from fedpers.errors import FedpersError, RunDirectoryError
 from fedpers.flower import messages as wire
 from fedpers.flower.node_file import Limits, place_of, write_nodes
 from fedpers.formats.lamp_example import write_example
-from fedpers.privacy.claim import TUNING, Claim, claim_from
+from fedpers.privacy.claim import TUNING, Claim
+from fedpers.privacy.claiming import claim_from
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Opening, Release
 from fedpers.privacy.randomness import seed_key

@@ -19,12 +19,13 @@ from torch.nn import functional
 
 from conftest import save_random_tiny_bert
 from fedpers.cohort.linear import Owners, to_cohort
-from fedpers.cohort.model import CohortModel, Link, Parameters
+from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.cohort.norm import CohortLayerNorm
 from fedpers.cohort.saving import save_shared
 from fedpers.config import ALIASES, FAMILY, GROUPS, AdapterConfig, Config
 from fedpers.data.base import load as load_data
 from fedpers.errors import ConfigError
+from fedpers.method_table import Link
 from fedpers.models import adapters
 from fedpers.models.array_names import Pair, base_name, family_of, group_of, pairs
 from fedpers.models.backbone import Backbone, pool

@@ -31,7 +31,8 @@ from fedpers import simulation
 from fedpers.cohort.clients import Clients
 from fedpers.config import FAMILY, GROUPS, Config, parse_config
 from fedpers.errors import ConfigError, LedgerError, PrivacyRefusal
-from fedpers.experiment import Reuse, build_model, identity, prepare
+from fedpers.experiment import Reuse, build_model, prepare
+from fedpers.identity import identity
 from fedpers.methods.base import FROZEN, PERSONAL, SHARED, Method, Phase
 from fedpers.plan import Plan, alias, plan
 from fedpers.privacy import user_level
@@ -152,7 +153,7 @@ def tables(draw_from: st.DrawFn) -> tuple[dict[str, Any], list[Phase], dict[str,
     return scopes, draw_from(st.permutations([*phases, *missing])), more
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(table=tables(), policy=st.sampled_from(["method", "frozen", "joint", "split", "split-dp"]))
 def test_the_graph_agrees_with_playing_the_rounds(table: Any, policy: str) -> None:
     scopes, phases, more = table

@@ -192,8 +192,8 @@ def test_what_the_attack_would_misjudge_is_refused(
 @pytest.mark.slow  # a real model on real chats; only numbers leave the function
 def test_a_real_model_gives_real_words_away_unless_there_is_noise() -> None:
     adapter = "{layers: 6, rank: 16, alpha: 16, targets: [query, value]}"
-    changes = [f"model.adapter={adapter}", "data.max_tokens=14", "engine.threads=1", "frontier=null"]
-    report = inversion_report(load_config(QUICKSTART, changes), noise_multiplier=1.0, iterations=100)
+    changes = [f"model.adapter={adapter}", "data.max_tokens=10", "engine.threads=1", "frontier=null"]
+    report = inversion_report(load_config(QUICKSTART, changes), noise_multiplier=1.0, iterations=60)
     plain, private = report["without DP"], report["with DP"]
     assert plain["span_recall"] > 0.9
     assert plain["span_precision"] > 0.9

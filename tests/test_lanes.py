@@ -79,7 +79,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run(tiny: Callable[..., Config], out: Path, threads: int, **changes: Any) -> Run:
     engine = {**changes.pop("engine", {}), "threads": threads}
-    return simulate(tiny(engine=engine, **changes), out)
+    evaluation = {"every": 0, **changes.pop("evaluation", {})}  # measured at the end alone
+    return simulate(tiny(engine=engine, evaluation=evaluation, **changes), out)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -25,7 +25,6 @@ from fedpers.config import FAMILIES, FAMILY, GROUPS, Config
 from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.experiment import Experiment, Reuse, build_model, method_plan, prepare
 from fedpers.flower import messages as wire
-from fedpers.flower.aggregation import combine, serve
 from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy
 from fedpers.methods.base import FROZEN, PERSONAL, SHARED, Method, Phase
@@ -38,7 +37,6 @@ from fedpers.privacy.refusals import check_setup
 from fedpers.registry import find, names
 from fedpers.reporting import Reporter
 from fedpers.simulation import simulate
-from fedpers.tasks.base import Examples
 
 Tiny = Callable[..., Config]
 Arrays = dict[str, NDArray[np.float32]]
@@ -419,67 +417,6 @@ def test_a_frozen_group_never_changes(tiny: Tiny, tmp_path: Path, name: str, sha
         for group in (g for phase in plan.finish for g in phase.train):
             for place, user in enumerate(cohort):
                 assert moved({n: v[place] for n, v in own.items()}, before[user], model.names([group])) > 1e-6
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_order_of_the_clients_changes_nothing(tiny: Tiny, tmp_path: Path, name: str) -> None:
-    gentle = {"candidates": 4, "scale": 4.0}  # float differences stay far below the tolerance
-    experiment = prepare(tiny(method=name, task=gentle, personal={"groups": ALL}))
-    order = [5, 2, 7, 0, 6, 1, 4, 3]
-    results = []
-    for place, users in enumerate((list(range(8)), order)):
-        clients = make_clients(experiment, tmp_path / str(place))
-        shared = initial(clients)
-        for number in (1, 2):
-            replies = clients.train_round(number, users, shared)
-            shared = {**shared, **{n: r.mean(axis=0) for n, r in replies.items()}}
-        kept = clients.store.read(users)
-        home = {}
-        for cohort, own in clients.finish(users, shared, clients.store):
-            home.update({user: {n: v[i].numpy() for n, v in own.items()} for i, user in enumerate(cohort)})
-        results.append((replies, {n: v.numpy() for n, v in kept.items()}, home))
-    (first, first_kept, first_home), (second, second_kept, second_home) = results
-    for there, here in ((first, second), (first_kept, second_kept)):
-        for array in there:
-            np.testing.assert_allclose(here[array], there[array][order], atol=1e-6)
-    for user in range(8):
-        for array, value in first_home[user].items():
-            np.testing.assert_allclose(second_home[user][array], value, atol=1e-6)
-    apart = [moved(first_home[0], first_home[user], first_home[0]) for user in range(1, 8)]
-    assert (max(apart) > 1e-6) == bool(experiment.plan.personal)
-
-
-def identical(examples: Examples, source: int) -> Examples:
-    """Everybody holds the records of one user; only the users' own names, and so their coins, differ."""
-    users = len(examples.users)
-    return replace(examples, train=(examples.train[source],) * users, test=(examples.test[source],) * users)
-
-
-ALIKE = {"hetlora": {"lowest": 1.0}}  # options under which clients with the same records are the same: one rank
-
-
-@pytest.mark.parametrize("name", [name for name in SHARING if not TABLES[name].pooled])
-def test_identical_clients_are_a_fixed_point_of_averaging(tiny: Tiny, tmp_path: Path, name: str) -> None:
-    """What the server makes of all is what it makes of one, over two rounds of carried personal state."""
-    config = tiny(
-        method=name, local={"batch_size": 64, "epochs": 2}, personal={"batch_size": 64, "groups": ALL},
-        options=ALIKE.get(name, {}),
-    )  # fmt: skip
-    experiment = prepare(config)
-    experiment = replace(experiment, examples=identical(experiment.examples, 2))
-    many, one = make_clients(experiment, tmp_path / "many"), make_clients(experiment, tmp_path / "one")
-    shared = alone = initial(many)
-    for number in (1, 2):
-        shared = server_round(many, tmp_path / "many", shared, number).after
-        sent = {array: reply[0] for array, reply in one.train_round(number, [3], alone).items()}
-        assert moved(sent, alone, list(sent)) > 1e-4
-        alone = serve(one.layout, combine(one.layout, [sent], alone, number), alone, number)
-        if not one.plan.method.overrides("combine", "serve"):
-            assert {array: alone[array].tobytes() for array in sent} == {a: v.tobytes() for a, v in sent.items()}
-        for array, value in shared.items():
-            np.testing.assert_allclose(value, alone[array], atol=2e-6)
-    for array, rows in many.store.read(range(8)).items():
-        np.testing.assert_allclose(rows, one.store.read([3])[array].expand_as(rows), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in SHARING if TABLES[name].pooled])

@@ -309,7 +309,7 @@ def test_workers_end_with_the_command(random_tiny_bert: Path, feature_cache: Pat
         [sys.executable, str(HERE / "run.py"), *arguments], env=environment, stdout=subprocess.DEVNULL
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not list(tmp_path.glob("search/*/summary.json")):
+    while not list(tmp_path.glob("search/*/config.yaml")):  # in the middle of a run
         assert process.poll() is None
         time.sleep(0.2)
     workers = [int(one) for one in children.read_text().split()]

@@ -21,7 +21,8 @@ from fedpers.cohort.clients import Clients
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config
 from fedpers.errors import ConfigError, PrivacyRefusal
-from fedpers.experiment import Reuse, build_model, identity, method_plan, prepare
+from fedpers.experiment import Reuse, build_model, method_plan, prepare
+from fedpers.identity import identity
 from fedpers.methods import SHARED, Method, Phase, Visit
 from fedpers.privacy.randomness import secret_key
 from fedpers.reporting import Reporter

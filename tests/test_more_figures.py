@@ -274,27 +274,36 @@ def assert_drawn(paths: list[Path], names: Sequence[str]) -> None:
         assert 0.005 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.6
 
 
-@pytest.mark.pictures
-@pytest.mark.parametrize("metric", ["accuracy", "rmse"])
-def test_all_are_drawn_with_the_same_bytes_twice_and_every_letter(tmp_path: Path, metric: str) -> None:
+NAMES = ["gains_over_global", "gains_over_local", "worst_and_gap", "gain_by_records", "cost"]
+
+
+def all_drawn(folder: Path, metric: str) -> list[Path]:
     found = tables(methods=["fedavg", "fedper"], levels=["inf", "8"], users=40, metric=metric)
-    names = ["gains_over_global", "gains_over_local", "worst_and_gap", "gain_by_records", "cost"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a glyph that the font lacks is a warning
-        first = [path for figure in ALL for path in figure(*found, tmp_path / "one")]
-        second = [path for figure in ALL for path in figure(*found, tmp_path / "two")]
-    assert_drawn(first, names)
+        paths = [path for figure in ALL for path in figure(*found, folder)]
+    assert_drawn(paths, NAMES)
+    return paths
+
+
+@pytest.mark.pictures
+def test_all_are_drawn_with_the_same_bytes_twice_and_every_letter(tmp_path: Path) -> None:
+    first, second = (all_drawn(tmp_path / name, "accuracy") for name in ("one", "two"))
     assert [one.read_bytes() for one in first] == [two.read_bytes() for two in second]
 
 
-@pytest.mark.pictures
+@pytest.mark.pictures("png")
+def test_an_error_is_drawn_as_well(tmp_path: Path) -> None:
+    all_drawn(tmp_path, "rmse")
+
+
+@pytest.mark.pictures("png")
 def test_a_method_without_personal_state_is_compared_with_local_alone(tmp_path: Path) -> None:
     found = tables(methods=["fedavg"], levels=["8"], seeds=1)
     assert_drawn(sorted_gains(*found, tmp_path), ["gains_over_local"])
 
 
-@pytest.mark.pictures
-@pytest.mark.parametrize("users", [1, 12])
+@pytest.mark.parametrize("users", [pytest.param(1, marks=pytest.mark.pictures("png")), 14])
 def test_few_users(tmp_path: Path, users: int) -> None:
     found = tables(methods=["fedper"], levels=["inf", "8"], users=users)
     for figure in ALL:
@@ -306,7 +315,7 @@ def test_nobody_with_enough_test_records_is_no_picture(tmp_path: Path) -> None:
     assert sorted_gains(*found, tmp_path) == worst_and_gap(*found, tmp_path) == []
 
 
-@pytest.mark.pictures
+@pytest.mark.pictures("png")
 def test_a_method_that_was_not_run_at_a_level_leaves_a_hole(tmp_path: Path) -> None:
     results, users = tables(methods=["fedper", "ditto"], levels=["8", "1"], seeds=1)
     left = pc.invert(pc.equal(results["hash"], "ditto 1 0"))

@@ -278,16 +278,25 @@ def checks(out: Path) -> dict[str, str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def honest() -> set[str]:
+    """The setups that were found to be consistent without a change; several controls have the same."""
+    return set()
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_wrong_line_is_found(
-    name: str, fedpers: Command, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name: str, fedpers: Command, write: Callable[..., Path], honest: set[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     control = CONTROLS[name]
     path = write(**control.setup)
-    if name != "a noise-free head that feeds the shared part":  # which is refused as it should be without the change
+    refused = name == "a noise-free head that feeds the shared part"  # as it should be without the change
+    if not refused and repr(control.setup) not in honest:
         code, out, err = fedpers("audit", path, "--probe", "--quiet", "--out", tmp_path / "honest")
         assert code == 0, out + err
         assert set(checks(tmp_path / "honest").values()) == {"consistent"}
+        honest.add(repr(control.setup))
     flip(monkeypatch, importlib.import_module(control.module), control.line, control.instead, **control.helpers)
     code, out, err = fedpers("run", path, "--quiet", "--out", tmp_path / "run")
     if control.refused:

@@ -86,6 +86,16 @@ class Shown:
         return any("image/png" in one.get("data", {}) for one in self.cells[cell].outputs)
 
 
+# Of a picture a notebook shows the PNG, and its page the SVG; the others stay undrawn, as in conftest.py.
+UNDRAWN = """
+from matplotlib.figure import Figure
+def _savefig(self, where, *, format, draw=Figure.savefig, **options):
+    return where.write(b"undrawn") if format in {} else draw(self, where, format=format, **options)
+Figure.savefig = _savefig
+del Figure
+"""
+
+
 @pytest.fixture
 def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Shown]:
     """Run a notebook in a kernel of its own; an expression over its names is what it tells at the end, as JSON."""
@@ -94,6 +104,8 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
 
     def run(name: str, asked: str) -> Shown:
         notebook = read(name)
+        unshown = ("pdf",) if name == "01_quickstart" else ("svg", "pdf")
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(UNDRAWN.format(unshown), id="undrawn"))
         asked = f"import json\nprint(json.dumps([folder.name, {asked}]))"
         notebook.cells.append(nbformat.v4.new_code_cell(asked, id="asked"))
         where = {"metadata": {"path": str(FOLDER)}}

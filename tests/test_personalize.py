@@ -27,8 +27,8 @@ from fedpers.models.array_names import group_of, pairs
 from fedpers.models.array_names import second as another
 from fedpers.personalize import newcomer_plan, personalize
 from fedpers.privacy.randomness import seed_key
+from fedpers.public import export_public
 from fedpers.reporting import Reporter
-from fedpers.run_directory import export_public
 from fedpers.simulation import Run, simulate
 from fedpers.tasks.language_model import BETWEEN
 from fedpers.try_model import generate, score
@@ -39,6 +39,12 @@ Command = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 BOTH: dict[str, Any] = {"personal": {"groups": "adapter+head", "epochs": 8}}
 TASKS = {"reply-ranking": "accuracy", "rating": "rmse", "language-model": "loss"}
+
+
+@pytest.fixture
+def tiny(tiny: Tiny) -> Tiny:
+    """Measured at the end alone, and nobody trains without the others: no test here looks at either."""
+    return lambda **changes: tiny(**{"evaluation": {"every": 0, "local_only": False}, **changes})
 
 
 @pytest.fixture(autouse=True)

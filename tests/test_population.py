@@ -22,7 +22,8 @@ from fedpers.data import load
 from fedpers.data.synthetic import Synthetic
 from fedpers.errors import ConfigError
 from fedpers.evaluation import models as evaluation
-from fedpers.experiment import build_model, identity, prepare
+from fedpers.experiment import build_model, prepare
+from fedpers.identity import identity
 from fedpers.population import OnDemand, sample
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import seed_key

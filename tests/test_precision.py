@@ -20,7 +20,8 @@ from fedpers.cohort.prefix_cache import Prefix
 from fedpers.cohort.products import RoundedLinear, round_linears
 from fedpers.config import Config, TrainConfig, result_text
 from fedpers.errors import ConfigError
-from fedpers.experiment import build_model, identity, prepare
+from fedpers.experiment import build_model, prepare
+from fedpers.identity import identity
 from fedpers.models.backbone import Backbone
 from fedpers.reporting import Reporter
 from fedpers.simulation import simulate

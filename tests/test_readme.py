@@ -13,11 +13,12 @@ import pytest
 from fedpers import cli, registry
 from fedpers.config import TRUSTS, HeadPolicy, Trust, parse_config
 from fedpers.errors import ConfigError, PrivacyRefusal
-from fedpers.experiment import prepare
+from fedpers.experiment import Reuse, prepare
 from fedpers.guarantees import Mode, guarantees
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REUSE = Reuse()  # the same made-up people in every cell
 TRUSTED = [trust for trusts in TRUSTS.values() for trust in trusts]
 
 
@@ -118,14 +119,14 @@ def test_what_the_guarantees_allow_is_what_a_run_gets(modes: dict[Trust, Mode], 
             }
         )
         if name in listed:
-            guarantee = prepare(config).guarantee
+            guarantee = prepare(config, REUSE).guarantee
             assert guarantee.trust == trust
             assert guarantee.personal_covered == (name in mode.covered.get(head, ()))
         else:
             with pytest.raises(
                 (PrivacyRefusal, ConfigError), match=r"refused|leave|shares nothing|in one step|no gradient"
             ):
-                prepare(config)
+                prepare(config, REUSE)
 
 
 def test_the_guarantees_are_those_of_the_threat_model(modes: dict[Trust, Mode]) -> None:

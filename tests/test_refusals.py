@@ -28,7 +28,8 @@ from fedpers.flower.cohort_grid import CohortGrid
 from fedpers.flower.strategy import FedpersStrategy
 from fedpers.methods.base import PERSONAL, SHARED, Method, Phase
 from fedpers.privacy.accounting import GaussianEvent, epsilon
-from fedpers.privacy.claim import METRICS, TUNING, Claim, claim_from
+from fedpers.privacy.claim import METRICS, TUNING, Claim
+from fedpers.privacy.claiming import claim_from
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Opening, Release
 from fedpers.privacy.refusals import OF_SINGLE_REPLIES, OF_THE_MEAN

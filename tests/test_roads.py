@@ -15,7 +15,7 @@ from fedpers.data.synthetic import TOPICS
 from fedpers.experiment import Reuse
 from fedpers.formats.lamp import CATEGORIES, TAGS
 from fedpers.formats.lamp_example import write_example
-from fedpers.run_directory import export_public
+from fedpers.public import export_public
 from fedpers.simulation import simulate
 
 RATING = {"name": "rating"}

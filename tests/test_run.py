@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,8 @@ from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpers.experiment import Reuse, build_model, prepare
 from fedpers.privacy.claim import Claim
 from fedpers.privacy.ledger import Ledger
+from fedpers.public import export_public
 from fedpers.reporting import Reporter
-from fedpers.run_directory import export_public
 from fedpers.simulation import Run, load, simulate
 
 pytestmark = pytest.mark.pictures
@@ -471,18 +472,19 @@ def test_an_empty_frontier_is_not_a_configuration(tiny: Callable[..., Config]) -
 
 @pytest.mark.parametrize("edit", ["cut", "rewritten claim"])
 def test_a_finished_run_whose_ledger_was_touched_shows_no_claim(
-    tiny: Callable[..., Config], tmp_path: Path, edit: str
+    made: Callable[..., Run], tiny: Callable[..., Config], tmp_path: Path, edit: str
 ) -> None:
-    config = tiny(rounds=2, privacy={"unit": "user", "epsilon": 8, "delta": 1e-3, "clip": 0.1})
-    run = simulate(config, tmp_path / "run")
-    assert simulate(config, tmp_path / "run", resume=True).claim == run.claim
-    ledger, claim = run.path / "ledger.jsonl", run.path / "claim.json"
+    settings = {"rounds": 2, "privacy": {"unit": "user", "epsilon": 8, "delta": 1e-3, "clip": 0.1}}
+    config, run, copy = tiny(**settings), made("touched", settings), tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    assert simulate(config, copy, resume=True).claim == run.claim
+    ledger, claim = copy / "ledger.jsonl", copy / "claim.json"
     if edit == "cut":
         ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
     else:
         claim.write_text(claim.read_text().replace(f'"epsilon": {run.claim.epsilon}', '"epsilon": 0.5'))
     with pytest.raises(LedgerError, match=r"restore|Restore"):
-        simulate(config, tmp_path / "run", resume=True)
+        simulate(config, copy, resume=True)
     with pytest.raises(LedgerError):
-        export_public(run.path, tmp_path / "out")
+        export_public(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -22,8 +22,8 @@ from fedpers.privacy.claim import Claim
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import derive, run_keys, seed_key
 from fedpers.privacy.spending import composed
+from fedpers.public import export_public
 from fedpers.reporting import Reporter
-from fedpers.run_directory import export_public
 from fedpers.simulation import simulate
 from fedpers.tasks.reply_ranking import ReplyRanking
 

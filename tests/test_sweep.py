@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,19 +24,26 @@ from conftest import SECRET, Command
 from fedpers import experiment, simulation
 from fedpers.config import Config
 from fedpers.errors import ConfigError, DataError, FedpersError, LedgerError, RunDirectoryError
-from fedpers.sweep import place, results, runner
+from fedpers.sweep import pictures, place, results, runner
 from fedpers.sweep.grid import Grid, expand, read_grid
 from fedpers.sweep.runner import sweep
 
 USER = {"unit": "user", "epsilon": 8, "delta": 1e-3, "clip": 1.0}
 SHORT: dict[str, Any] = {"rounds": 2, "evaluation": {"every": 0}, "personal": {"epochs": 1}}
 Tree = dict[str, Any]
+FIGURES = pictures.FIGURES
+
+
+@pytest.fixture(autouse=True)
+def _without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sweep of these, `swept`, makes pictures of its tables; nobody looks at those of the others."""
+    monkeypatch.setattr(pictures, "FIGURES", ())
 
 
 @pytest.fixture
 def base(tiny: Callable[..., Config]) -> Tree:
     """A private configuration of a second, as a grid's base."""
-    return tiny(**SHORT, method="fedper", privacy=USER).model_dump(mode="json")
+    return tiny(**SHORT, method="fedper", privacy=USER, data={"users": 6}).model_dump(mode="json")
 
 
 @pytest.fixture
@@ -248,7 +256,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(small: Tree, kept: Path) -> Path:
     """The small grid, run once for all tests that only look at it."""
     if not (kept / "small").exists():
-        assert sweep(expand(small), kept / "small").good
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pictures, "FIGURES", FIGURES)
+            assert sweep(expand(small), kept / "small").good
     return kept / "small"
 
 
@@ -298,7 +308,7 @@ def test_the_tables_say_what_the_runs_have_stored(small: Tree, swept: Path) -> N
         gain = (mine["own"] - mine["local"]).mean()
         assert row["gain_over_local"] == pytest.approx(gain if row["higher_is_better"] else -gain)
         assert mine["local"].mean() == pytest.approx(row["local_mean"])
-    assert users.groupby(["hash", "kind"])["user"].nunique().eq(8).all()
+    assert users.groupby(["hash", "kind"])["user"].nunique().eq(6).all()
     private = table[table["privacy_epsilon"] == "8"]
     assert (private["epsilon"] <= 8).all()
     assert (private["noise_to_update_adapter"] > 0).all()
@@ -357,6 +367,7 @@ def test_what_cannot_be_run_stops_the_sweep_before_it_starts(
 def test_a_cell_that_fails_stops_no_other_and_is_tried_again(
     error: Exception, small: Tree, tmp_path: Path, fedpers: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    small["product"]["method"] = ["fedavg"]
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(small))
     arguments = ("sweep", tmp_path / "grid.yaml", "--out", tmp_path / "out")
     original = runner.simulate
@@ -371,16 +382,16 @@ def test_a_cell_that_fails_stops_no_other_and_is_tried_again(
         for attempt in (1, 2):
             code, out, _ = fedpers(*arguments)
             assert code == 1
-            assert "4 of 5 runs finished, 0 refused, 1 failed" in out
+            assert "2 of 3 runs finished, 0 refused, 1 failed" in out
             (entry,) = place.read(tmp_path / "out", place.FAILED).values()
             assert entry["coordinates"] == {"method": "fedavg", "privacy.epsilon": "8"}
             assert (entry["type"], entry["attempts"]) == (type(error).__name__, attempt)
             assert (str(error) in entry["message"]) == isinstance(error, FedpersError)
             assert (str(error) in out) == isinstance(error, FedpersError)
-    assert pq.read_table(tmp_path / "out" / "results.parquet").num_rows == 4
+    assert pq.read_table(tmp_path / "out" / "results.parquet").num_rows == 2
     code, out, err = fedpers(*arguments)
     assert (code, place.read(tmp_path / "out", place.FAILED)) == (0, {})
-    assert "5 of 5 runs finished, 0 refused, 0 failed" in out
+    assert "3 of 3 runs finished, 0 refused, 0 failed" in out
     assert "method=fedavg, privacy.epsilon=8: accuracy" in err
     assert "cells: 1 ..." in err
 
@@ -459,8 +470,11 @@ PROGRAM = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
+from matplotlib.figure import Figure
 from fedpers import cli
 import fedpers.sweep.runner
+Figure.savefig = lambda self, where, **_: where.write(b"a picture, undrawn")  # as in conftest.py
+fedpers.sweep.pictures.FIGURES = ()
 print("ready", flush=True)
 while line := sys.stdin.readline():
     job = json.loads(line)
@@ -535,6 +549,12 @@ def test_killed_twice_the_results_are_the_same_bytes(
 
 @pytest.mark.slow  # each process imports torch
 def test_several_jobs_give_the_same_results(small: Tree, swept: Path, tmp_path: Path) -> None:
-    found = sweep(expand(small), tmp_path / "out", jobs=2)
-    assert found.good
-    assert contents(tmp_path / "out") == contents(swept)
+    """Of two cells, beside others that are there: whoever has run one finds that the other has it."""
+    grid, out = expand(small), tmp_path / "out"
+    shutil.copytree(swept, out)
+    for name in (results.RESULTS, results.USERS):
+        (out / name).unlink()
+    for cell in grid.cells[1:3]:
+        shutil.rmtree(out / "cells" / cell.address)
+    assert sweep(grid, out, jobs=2).good
+    assert contents(out) == contents(swept)

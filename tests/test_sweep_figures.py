@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.axes import Axes
@@ -28,8 +29,7 @@ from fedpers.sweep.pictures import draw
 from fedpers.sweep.points import panels
 from fedpers.sweep.results import FIXED, RESULTS, USERS
 from fedpers.sweep.runner import sweep
-
-pytestmark = pytest.mark.pictures
+from fedpers.sweep_cli import _tables
 
 AXES = {"variant": pa.string(), "privacy_epsilon": pa.string()}
 LEVELS = {"inf": ("none", "none", None), "clip": ("user", "user-central", 1e-3), "8": ("user", "user-central", 1e-3)}
@@ -281,6 +281,7 @@ def test_few_levels(levels: Sequence[str], figure: Callable[[Tables], list[Axes]
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_drawn_again_from_what_is_stored_it_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "FIGURES", (sweep_frontier,))
     out = stored(tables(), tmp_path / "out")
@@ -334,3 +335,26 @@ def test_a_sweep_draws_itself(tiny: Callable[..., Config], tmp_path: Path, monke
     assert (users.groupby(["seed", "user"]).person.nunique() == 1).all()
     (panel,) = panels(*(pq.read_table(tmp_path / "out" / name) for name in (RESULTS, USERS)))
     assert panel.points[0].kinds["own"].seeds.tolist() == [0, 1]
+
+
+# --- in the terminal --------------------------------------------------------------------------------------------------
+
+
+def test_each_variant_has_a_printed_table_of_its_own() -> None:
+    results, users = tables(variants=("one", "two"), levels=("inf", "clip", "8"), seeds=2)
+    own = users.filter(pc.equal(users["kind"], "own")).group_by("hash").aggregate([("accuracy", "mean")])
+    means = dict(zip(own["hash"].to_pylist(), own["accuracy_mean"].to_pylist(), strict=True))
+    column = pa.array([means[name] for name in results["hash"].to_pylist()])
+    printed = list(_tables(results.set_column(results.column_names.index("own_mean"), "own_mean", column)))
+    assert [table.title for table in printed] == [
+        f"chitchat {name}: accuracy of own models, mean over 2 seeds" for name in ("one", "two")
+    ]
+    for name, table in zip(("one", "two"), printed, strict=True):
+        cells = [list(found.cells) for found in table.columns]
+        assert cells[0] == ["fedavg", "fedper"]
+        for level, found in zip(("8", "clip", "inf"), cells[1:], strict=True):  # the most private first
+            assert found == [
+                f"{np.mean([means[f'{name} {method} {level} {seed}'] for seed in (0, 1)]):.3f}" for method in cells[0]
+            ]
+        alone = np.mean([means[f"{name} local {seed}"] for seed in (0, 1)])
+        assert table.caption == f"training at home alone: {alone:.3f}, nothing released"

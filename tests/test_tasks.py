@@ -24,7 +24,8 @@ from fedpers.config import Config, TaskConfig
 from fedpers.data.base import Federation, Record
 from fedpers.data.synthetic import TOPICS, Synthetic
 from fedpers.errors import ConfigError, DataError, PrivacyRefusal
-from fedpers.experiment import build_model, identity, prepare
+from fedpers.experiment import build_model, prepare
+from fedpers.identity import identity
 from fedpers.reporting import Reporter
 from fedpers.simulation import simulate
 from fedpers.tasks.base import Examples

@@ -16,9 +16,10 @@ from fedpers.cohort.clients import Clients
 from fedpers.cohort.tuning import Choice, from_json, tune
 from fedpers.config import Config, result_text
 from fedpers.errors import PrivacyRefusal, RunDirectoryError
-from fedpers.experiment import build_model, identity, prepare
+from fedpers.experiment import build_model, prepare
+from fedpers.identity import identity
+from fedpers.public import export_public
 from fedpers.reporting import Reporter
-from fedpers.run_directory import export_public
 from fedpers.simulation import simulate
 
 RECORD = {"unit": "record", "epsilon": 4, "delta": 1e-4, "clip": 0.05}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,16 +15,26 @@ import pytest
 from fedpers.config import Config, dump_config
 
 ROOT = Path(__file__).parents[1]
+# One process for all of it, since it reads torch and compiles what has just been unpacked.
 EVERYTHING = """
-import importlib, pkgutil, sys
+import importlib, json, pkgutil, runpy, sys
+place, *commands = sys.argv[1:]
 import fedpers
 for one in pkgutil.walk_packages(fedpers.__path__, "fedpers."):
     if not one.name.endswith("__main__"):
         importlib.import_module(one.name)
+for command in commands:
+    sys.argv[1:] = json.loads(command)
+    try:
+        runpy.run_module("fedpers", run_name="__main__", alter_sys=True)
+    except SystemExit as left:
+        if left.code:
+            sys.exit(f"{command}: exit code {left.code}")
 ours = {name: module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "fedpers"}
-elsewhere = [name for name, file in ours.items() if not file.startswith(sys.argv[1])]
+elsewhere = [name for name, file in ours.items() if not file.startswith(place)]
 sys.exit(f"imported {elsewhere}" if elsewhere else "ray is imported" if "ray" in sys.modules else 0)
 """
+COMMANDS = (["--help"], ["methods"], ["run", "tiny.yaml", "--out", "run"], ["report", "run"])
 
 
 @pytest.mark.slow
@@ -40,17 +51,11 @@ def test_a_built_wheel_is_whole(tiny: Callable[..., Config], tmp_path: Path) -> 
     assert wanted <= held
     assert {name.split("/")[0].split("-")[0] for name in held} == {"fedpers"}, "no tests, no configurations"
 
-    def python(*arguments: object) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(place)}  # before the checkout, which is installed editable
-        command = [sys.executable, "-P", *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    python("-c", EVERYTHING, place)
-    assert "personalize" in python("-m", "fedpers", "--help")
-    assert "fedavg-finetune" in python("-m", "fedpers", "methods")
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny(method="fedper", rounds=1)), encoding="utf-8")
-    python("-m", "fedpers", "run", "tiny.yaml", "--out", "run")
-    python("-m", "fedpers", "report", "run")
+    environment = {**os.environ, "PYTHONPATH": str(place)}  # before the checkout, which is installed editable
+    program = [sys.executable, "-P", "-c", EVERYTHING, str(place), *map(json.dumps, COMMANDS)]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "personalize" in done.stdout
+    assert "fedavg-finetune" in done.stdout
     assert "<script" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

@@ -26,8 +26,8 @@ from fedpers.experiment import build_model, prepare
 from fedpers.finished_run import Which, open_run
 from fedpers.formats.longlamp_example import write_example
 from fedpers.privacy.randomness import seed_key
+from fedpers.public import export_public
 from fedpers.reporting import Reporter
-from fedpers.run_directory import export_public
 from fedpers.simulation import Run, simulate
 from fedpers.tasks.base import Examples
 from fedpers.tasks.language_model import BETWEEN
@@ -64,16 +64,25 @@ def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def language_run(tiny: Tiny, llama: Path, place: Path, method: str = "fedavg-finetune", **changes: Any) -> Run:
-    given = {**settings("language-model", llama), "data": {"name": "signed"}, **changes}
+    short = {"evaluation": {"every": 0, "local_only": False}}  # of which no text is written
+    given = {**settings("language-model", llama), "data": {"name": "signed"}, **short, **changes}
     return simulate(tiny(method=method, **given), place)
 
 
+@pytest.fixture(scope="module")
+def kept() -> list[Run]:
+    return []
+
+
 @pytest.fixture
-def fitted(tiny: Tiny, tiny_llama: Path, tmp_path: Path) -> Run:
-    """A run whose members' own models have learnt what their users always say."""
+def fitted(tiny: Tiny, tiny_llama: Path, kept: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose members' own models have learnt what their users always say; made once, and only read."""
     personal = {"groups": "adapter+head", "epochs": 10, "lr": {"adapter": 0.05, "head": 0.05}}
     data = {"name": "signed", "max_test": 3}
-    return language_run(tiny, tiny_llama, tmp_path / "run", personal=personal, data=data)
+    if not kept:
+        place = tmp_path_factory.mktemp("fitted") / "run"
+        kept.append(language_run(tiny, tiny_llama, place, personal=personal, data=data))
+    return kept[0]
 
 
 def people(run: Run) -> Federation:

@@ -99,7 +99,7 @@ def privacy_plan(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = load_config(config, overrides or [])
     from fedpers.experiment import prepare, shared_sizes
-    from fedpers.privacy.guarantee import plan_notes, plan_table
+    from fedpers.privacy.planned import plan_notes, plan_table
 
     experiment = prepare(settings)
     guarantee = experiment.guarantee
@@ -161,7 +161,7 @@ def export(
 ) -> None:
     """Copy what may be shown to others: shared adapter, claim, ledger, configuration."""
     from fedpers.errors import RunDirectoryError
-    from fedpers.run_directory import export_public
+    from fedpers.public import export_public
 
     if not public:
         raise RunDirectoryError("export: say --public; copying private state is not what export is for.")

@@ -66,7 +66,7 @@ def write(
     end, written = model.backbone.tokenizer.eos_token_id, list[Tensor]()
     going = torch.ones(len(rows), dtype=torch.bool)
     model.owners.set(torch.from_numpy(owners))
-    with model._mixed(rows):
+    with model.mixed(rows):
         while len(written) < tokens and going.any():
             found = model.backbone.model(
                 input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=kept, use_cache=True

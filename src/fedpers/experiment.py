@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -20,7 +15,7 @@ from fedpers.cohort.model import CohortModel
 from fedpers.cohort.products import supported
 from fedpers.cohort.rows import check_rows
 from fedpers.cohort.tuning import Choice
-from fedpers.config import Config, result_text
+from fedpers.config import Config
 from fedpers.data import Federation, load
 from fedpers.data.base import Source
 from fedpers.errors import ConfigError, DataError, PrivacyRefusal
@@ -36,7 +31,7 @@ from fedpers.privacy.claim import METRICS, TUNING
 from fedpers.privacy.guarantee import Guarantee, resolve
 from fedpers.privacy.randomness import seed_key
 from fedpers.privacy.refusals import check_setup
-from fedpers.registry import find
+from fedpers.registry import find, source_of
 from fedpers.reporting import Reporter
 from fedpers.tasks.base import Examples, Task
 
@@ -193,7 +188,7 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
         # At their initial values adapters change nothing, so a model without them takes all from one with them.
         lazy = bool(experiment.federation.lazy)
         donor = None
-        if not (experiment.adapts or lazy or _rounds(config)):
+        if not (experiment.adapts or lazy or config.engine.rounded):
             donor = next((m for k, m in reuse.models.items() if k[:2] == (parts, True)), None)
         reuse.models[key] = CohortModel(
             config,
@@ -221,13 +216,13 @@ def _check_secret(experiment: Experiment) -> None:
     if experiment.config.privacy.secret is None:
         return
     for what, kind in {"method": experiment.plan.method, "task": type(experiment.task)}.items():
-        if not _source(kind):
+        if not source_of(kind):
             raise PrivacyRefusal(
                 f"privacy.secret with the {what} {kind.__name__}: no file defines it, so a changed version could "
                 "not be told from this one and would draw the same noise; leave privacy.secret out, or put the "
                 f"{what} into a file."
             )
-    if experiment.config.engine.tune and _rounds(experiment.config):
+    if experiment.config.engine.tune and experiment.config.engine.rounded:
         raise PrivacyRefusal(
             "privacy.secret with engine.tune under bf16 or fp16: the work may be cut in another way the next time, "
             "which changes rounded results and not the noise; leave privacy.secret out, or set engine.tune=false."
@@ -239,11 +234,6 @@ def _check_secret(experiment: Experiment) -> None:
             "changed ones could not be told from these and would meet the same noise; leave privacy.secret out, or "
             "set data.lazy=false."
         )
-
-
-def _rounds(config: Config) -> bool:
-    """Whether anything is rounded to 16 bits."""
-    return config.engine.precision == "bf16" or config.engine.prefix == "fp16"
 
 
 def check_separate(model: CohortModel) -> None:
@@ -291,45 +281,6 @@ def shared_sizes(experiment: Experiment) -> dict[str, int]:
             family = family_of(name)
             sizes[family] = sizes.get(family, 0) + copies * size
     return sizes
-
-
-def identity(experiment: Experiment, model: CohortModel) -> str:
-    """Name all that a run's releases depend on besides the secret: configuration, table, people, weights, version.
-
-    The run's keys are made from it, so that a secret which is given twice makes the same noise for the same run alone.
-    """
-    examples, lazy = experiment.examples, experiment.federation.lazy
-    digest = hashlib.sha256()
-    # What makes the records stands for those that are not made; some are, and tell how they are read.
-    users = (len(examples.users), lazy) if lazy else examples.users
-    for part in (users, examples.ids, examples.inputs, examples.texts):
-        digest.update(repr(part).encode())
-    digest.update(examples.candidates.tobytes() + examples.targets.tobytes())
-    digest.update(repr(examples.continuations).encode())
-    read = model.read(examples) if lazy else (model.inputs, model.texts)
-    for tokens in read:  # what a tokenizer makes of texts hangs on more than its vocabulary
-        digest.update(repr((tokens.starts, [ids.tolist() for ids in tokens.ids])).encode())
-    for kind in (experiment.plan.method, type(experiment.task)):
-        digest.update(_source(kind).encode())
-    for rows in (examples.train[user] for user in examples.people):
-        digest.update(len(rows).to_bytes(8, "little") + rows.tobytes())
-    plan = experiment.plan
-    phases = [str(phase) for part in (plan.round, plan.finish) for phase in part]
-    scopes = sorted((group, str(scope)) for group, scope in plan.scopes.items())
-    table = [scopes, len(plan.round), phases, plan.head, sorted(plan.options.items()), plan.method.functions()]
-    # Whether anything adapts, if only the baseline, decides in which precision contexts are computed.
-    parts = [result_text(experiment.config), experiment.adapts, table, digest.hexdigest(), model.fingerprint]
-    if _rounds(experiment.config):  # then how the work is cut shows in the results, by more than float tolerance
-        parts.append(experiment.config.engine.model_dump_json())
-    return json.dumps([*parts, version("fedpers")])
-
-
-def _source(kind: type) -> str:
-    """Return the text of the file that defines a class; of one that no file defines, as in a notebook, nothing."""
-    try:
-        return inspect.getsource(sys.modules[kind.__module__])
-    except (OSError, TypeError):
-        return ""
 
 
 def _json(config: Config, *sections: str) -> str:

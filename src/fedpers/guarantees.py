@@ -18,7 +18,7 @@ from fedpers.config import TRUSTS, HeadPolicy, Trust, Unit, parse_config
 from fedpers.errors import ConfigError, PrivacyRefusal
 from fedpers.methods.base import SHARED, Method
 from fedpers.plan import plan
-from fedpers.privacy.claim import adversaries
+from fedpers.privacy.adversaries import adversaries
 from fedpers.privacy.guarantee import Guarantee, resolve
 from fedpers.privacy.ledger_lines import ADJACENCIES, Opening
 from fedpers.privacy.refusals import OF_SINGLE_REPLIES, OF_THE_MEAN

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedpers.config import ALIASES, FAMILIES, GROUPS, PLAIN, expand, spoken
 from fedpers.errors import ConfigError
@@ -22,7 +22,7 @@ FUNCTIONS = (*CLIENT, "combine", "serve")
 WORDS = ("cite", "differs", "clusters", "unclaimable")
 LISTS = ("travels", "remembers", "needs", "serves")
 SWITCHES = ("keeps", "sgd", "pooled", "everyone")
-LINKS = ("linear", "sigmoid")
+Link = Literal["linear", "sigmoid"]  # from the gate's output to the second adapter's weight
 OF_A_PHASE = ("pull", "mix", "inner", "blend", "gate")  # what names an option
 
 
@@ -83,8 +83,8 @@ def _check_kinds(cls: type[Method], where: str) -> None:
     for name in SWITCHES:
         if not isinstance(value := getattr(cls, name), bool):
             raise ConfigError(f"{where}: {name} = {value!r}; expected True or False.")
-    if cls.link not in LINKS:
-        raise ConfigError(f"{where}: link = {cls.link!r}; expected one of {', '.join(LINKS)}.")
+    if cls.link not in get_args(Link):
+        raise ConfigError(f"{where}: link = {cls.link!r}; expected one of {', '.join(get_args(Link))}.")
     for name in ("options", "ranges"):
         if not isinstance(getattr(cls, name), Mapping):
             raise ConfigError(f'{where}: {name} must map names to numbers, such as options = {{"mu": 0.1}}.')

@@ -94,9 +94,9 @@ def personalize(
         own, common = measure(model, {"own": mine, "shared": evaluation.common(model, run.shared, "shared")})
     try:
         out.mkdir(parents=True, mode=0o700)
+        save_shared(model, out, {name: fitted[name][0].numpy() for name in model.layers})
     except OSError as error:
         raise RunDirectoryError(f"{out}: cannot be written ({error.strerror}).") from error
-    save_shared(model, out, {name: fitted[name][0].numpy() for name in model.layers})
     about = {
         "run": run.config.name,
         "made_on": run.mark,

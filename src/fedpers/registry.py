@@ -105,6 +105,14 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
     return found[0]
 
 
+def source_of(entry: type) -> str:
+    """Return the text of the file that defines a class; of one that no file defines, as in a notebook, nothing."""
+    try:
+        return inspect.getsource(sys.modules[entry.__module__])
+    except (OSError, TypeError):
+        return ""
+
+
 def broken(kind: str, base: type[object]) -> dict[str, ConfigError]:
     """Return the entries of a kind that cannot be loaded, and why."""
     found = {}

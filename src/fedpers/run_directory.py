@@ -1,4 +1,4 @@
-"""A run on disk: what it holds, how it survives being killed, and what of it may be shown to others.
+"""A run on disk: what it holds, and how it survives being killed.
 
 After each round the changed personal rows go to a journal, then the server's checkpoint is renamed into place, then the
 journal is applied to the personal store. A round that is killed anywhere is repeated with the same random numbers and
@@ -29,30 +29,11 @@ from fedpers.cohort.personal_store import Changes, PersonalStore
 from fedpers.cohort.tuning import Choice, from_json
 from fedpers.config import Config, dump_config
 from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
-from fedpers.models.backbone import public_name
-from fedpers.privacy.claim import Claim, reread
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Secret
 from fedpers.privacy.randomness import secret_key
 
 MEMBERS = "members.json"  # ids by number, in the private part
-PUBLIC = (
-    "config.yaml",
-    "environment.json",
-    "claim.json",
-    "forecast.json",
-    "ledger.jsonl",
-)
-PUBLIC_ADAPTERS = (  # of shared arrays, in adapters/shared and, for a method with clusters, in adapters/cluster0, ...
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "residual.safetensors",
-    "second.safetensors",
-    "gate.safetensors",
-    "norm.safetensors",
-    "head.json",
-    "head.safetensors",
-)
 Arrays = Mapping[str, NDArray[Any]]
 _FIRST = {"private", "environment.json", ".environment.json.partial", ".config.yaml.partial"}  # before a run counts
 
@@ -253,9 +234,7 @@ class RunDirectory:
 
     def write_members(self, users: Sequence[str]) -> None:
         """Keep the ids of the users, by their number, in the private part."""
-        scratch = self.private / f".{MEMBERS}.partial"
-        scratch.write_text(json.dumps(list(users)) + "\n", encoding="utf-8")
-        scratch.replace(self.private / MEMBERS)
+        self._write(f"private/{MEMBERS}", json.dumps(list(users)) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         path = self.path / name
@@ -283,43 +262,6 @@ def environment(config: Config) -> dict[str, Any]:
         "threads": config.engine.threads,
         "packages": {name: version(name) for name in packages},
     }
-
-
-def export_public(run: Path, out: Path) -> list[str]:
-    """Copy what a release may hold: no personal state, no secret, no metrics (they are measured without noise).
-
-    Raises:
-        RunDirectoryError: the run is not finished, or `out` is not empty.
-        LedgerError: the claim is not what the ledger gives.
-    """
-    if not RunDirectory(run).finished:
-        raise RunDirectoryError(f"{run}: no finished run; finish it with `fedpers run ... --resume` first.")
-    reread(Claim.from_json((run / "claim.json").read_bytes()), Ledger.load(run / "ledger.jsonl"))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunDirectoryError(f"{out} is not an empty directory; choose another one.")
-    out.mkdir(parents=True, exist_ok=True)
-    copied = []
-    folders = ["shared", *(f"cluster{place}" for place in range(len(list((run / "adapters").glob("cluster*")))))]
-    for name in (*PUBLIC, *(f"adapters/{folder}/{file}" for folder in folders for file in PUBLIC_ADAPTERS)):
-        if not (run / name).exists():
-            continue  # a method that shares nothing has no adapters, one that shares the head has no LoRA files
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run / name, out / name)  # not the private mode of the original
-        copied.append(name)
-    config = without_folders(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
-    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return copied
-
-
-def without_folders(config: dict[str, Any]) -> dict[str, Any]:
-    """Change a configuration's tree so that of the folders of this machine only the last part is left; returns it."""
-    config["model"]["backbone"] = public_name(config["model"]["backbone"])
-    data = config["data"]
-    if data.get("path") and not data["path"].startswith("hub:"):
-        data["path"] = data["path"].rstrip("/").rpartition("/")[2]
-    if (data.get("lamp") or {}).get("tokenizer"):
-        data["lamp"]["tokenizer"] = public_name(data["lamp"]["tokenizer"])
-    return config
 
 
 def _save(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:

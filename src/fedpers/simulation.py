@@ -26,17 +26,20 @@ from fedpers.config import FAMILIES, Config
 from fedpers.errors import RunDirectoryError
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import summarize, users_table, write_table
-from fedpers.experiment import Experiment, Reuse, build_model, identity, prepare
+from fedpers.experiment import Experiment, Reuse, build_model, prepare
 from fedpers.figures.curve import learning_curve
 from fedpers.figures.gain import per_user_gain
+from fedpers.identity import identity
 from fedpers.models.adapters import load as load_adapters
-from fedpers.privacy.claim import Claim, claim_from, reread
+from fedpers.privacy.claim import Claim
+from fedpers.privacy.claiming import claim_from, reread
 from fedpers.privacy.forecast import Forecast, forecast_from
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.randomness import run_keys
 from fedpers.reporting import Reporter
 from fedpers.rounds import federate
 from fedpers.run_directory import RunDirectory
+from fedpers.summary import headline
 from fedpers.tracking.base import Tracker, Tracking
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -195,7 +198,7 @@ def _simulate(
     if forecast is not None:
         directory.write_text("forecast.json", forecast.to_json())
     directory.note_time("run", time.monotonic() - began)
-    summary = _summary(experiment, claim, result, history, directory.seconds())
+    summary = headline(experiment, claim, result, history, directory.seconds())
     directory.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
     return Run(directory.path, config, claim, summary, forecast)
 
@@ -276,57 +279,3 @@ def _people(experiment: Experiment) -> str:
         scale = f"; ratings are taken to go from {task.low:g} to {task.high:g} (task.low, task.high)"
     people = f"{len(federation.users)} users of {federation.source}"
     return f"{people}: {train} training and {test} test records ({skipped}){scale}"
-
-
-def _summary(
-    experiment: Experiment, claim: Claim, result: dict[str, Any], history: list[dict[str, Any]], seconds: float
-) -> dict[str, Any]:
-    """Headline numbers. `seconds` is the one wall time among the files that are compared between runs."""
-    return {
-        "name": experiment.config.name,
-        "task": experiment.config.task.name,
-        "method": experiment.config.method,
-        "users": len(experiment.examples.users),
-        "rounds": len(history),
-        "claim": claim.label(),
-        **{
-            key: result[key]
-            for key in (
-                "metric",
-                "higher_is_better",
-                "metrics",
-                "helped",
-                "tied",
-                "harmed",
-                "p_value",
-                "comparisons",
-                "reading",
-            )
-        },
-        "noise_to_update": _noise_to_update(history),
-        "aggregation_error": _median(history, "aggregation_error"),
-        "effective_rank": history[-1]["effective_rank"] if history else None,
-        "skipped": experiment.federation.counts,
-        "nonfinite": sum(row["records_nonfinite"] + row["updates_nonfinite"] for row in history),
-        "bytes_up": sum(row["bytes_up"] for row in history),
-        "bytes_down": sum(row["bytes_down"] for row in history),
-        "seconds": seconds,
-    }
-
-
-def _noise_to_update(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Median over rounds of the noise's norm over the noise-free mean update's, per shared family.
-
-    Not for methods whose functions bend what is noised in the steps of records.
-    """
-    ratios = {
-        group: [row[f"noise_{group}"] / row[f"signal_{group}"] for row in history if row[f"signal_{group}"]]
-        for group in FAMILIES
-    }
-    return {group: float(np.median(found)) for group, found in ratios.items() if found}
-
-
-def _median(history: list[dict[str, Any]], column: str) -> float | None:
-    """Median over the rounds that have a value."""
-    found = [row[column] for row in history if row[column] is not None]
-    return float(np.median(found)) if found else None

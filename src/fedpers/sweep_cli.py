@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE
@@ -16,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from fedpers.sweep.runner import Sweep
 
-CLIP_ONLY = sys.float_info.max  # a place between no privacy and any epsilon
-LEVELS = {math.inf: "no privacy", CLIP_ONLY: "clip only", 0.0: "nothing leaves"}
 SHOWN = 3  # refused and failed cells that are printed; the others are in a file
 
 
@@ -68,7 +67,8 @@ def _print(done: Sweep) -> None:
         lines += [f"{title}: {label(one['coordinates'])}: {one[why]}" for one in list(entries.values())[:SHOWN]]
         lines += [f"all that are {title}: {done.path / title}.json"] if len(entries) > SHOWN else []
     if done.results is not None:
-        out.print(_table(done.results.to_pylist()))
+        for table in _tables(done.results):
+            out.print(table)
         lines += [f"results: {done.path / RESULTS}", f"users: {done.path / USERS}"]
         lines += [f"figures: {done.path / FOLDER}"] if done.results.num_rows else []
     if done.stopped is not None:
@@ -77,22 +77,24 @@ def _print(done: Sweep) -> None:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    """Mean of the own models per data and method, at each epsilon that was asked for, over all else."""
-    levels = sorted(set(map(_level, rows)), reverse=True)
-    table = Table("data", "metric", title="own models, mean over runs", box=SIMPLE)
-    for column in ("method", *(LEVELS.get(level, f"ε {level:g}") for level in levels)):
-        table.add_column(column, no_wrap=column == "method")
-    for key in dict.fromkeys((row["data"], row["metric"], row["method"]) for row in rows):
-        mine = [row for row in rows if (row["data"], row["metric"], row["method"]) == key]
-        held = [[row["own_mean"] for row in mine if _level(row) == level] for level in levels]
-        table.add_row(*map(escape, key), *(f"{fmean(found):.3f}" if found else "" for found in held))
-    return table
+def _tables(results: pa.Table) -> Iterator[Table]:
+    """For each data set the mean of the own models over seeds, by method and by what is claimed."""
+    from fedpers.sweep.settings import levels_of, seeds, series_of, settings
 
-
-def _level(row: dict[str, Any]) -> float:
-    """How epsilon was asked for, as a number to sort by; where it is no axis, what is claimed."""
-    if row["method"] == "local":
-        return 0.0
-    asked = row.get("privacy_epsilon") or row["epsilon"]
-    return CLIP_ONLY if asked == "clip" else float(asked)
+    means = {row["hash"]: row["own_mean"] for row in results.to_pylist()}
+    for data, found in settings(results).items():
+        levels = levels_of(found)
+        alone = {means[one] for setting in found for one in setting.baselines if one in means}
+        table = Table(
+            box=SIMPLE,
+            title=escape(f"{data}: {found[0].metric} of own models, mean over {seeds(found)}"),
+            caption=f"training at home alone: {fmean(alone):.3f}, nothing released" if alone else None,
+        )
+        table.add_column("method", no_wrap=True)
+        for level in levels:
+            table.add_column(escape(level.label))
+        held = {(one.series, one.level): fmean(means[run] for run in one.hashes) for one in found}
+        for name in series_of(found):
+            cells = (held.get((name, level)) for level in levels)
+            table.add_row(escape(name), *("" if mean is None else f"{mean:.3f}" for mean in cells))
+        yield table

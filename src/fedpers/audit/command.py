@@ -18,9 +18,10 @@ from fedpers.audit.bounds import Finding
 from fedpers.audit.canaries import user_canary_audit
 from fedpers.audit.canaries_mechanism import mechanism_audit
 from fedpers.audit.canaries_records import record_canary_audit
+from fedpers.audit.checks import TOLERANCE
 from fedpers.audit.inversion import inversion_report
 from fedpers.audit.membership import membership
-from fedpers.audit.probe import TOLERANCE, probe
+from fedpers.audit.probe import probe
 from fedpers.config import Config, parse_config
 from fedpers.errors import ConfigError, RunDirectoryError
 from fedpers.experiment import prepare

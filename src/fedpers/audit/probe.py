@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +19,7 @@ from scipy import stats
 
 from fedpers.audit.bench import Arrays, Bench, Trace, flat, slice_of, watch_noise
 from fedpers.audit.bounds import Finding
+from fedpers.audit.checks import SURE, check, noise_checks
 from fedpers.audit.recount import recount
 from fedpers.cohort.clients import Clients
 from fedpers.config import Config, LearningRates
@@ -28,9 +28,7 @@ from fedpers.privacy.adaptive_clip import split_noise
 from fedpers.privacy.mechanisms import clip_update
 from fedpers.reporting import Reporter
 
-TOLERANCE = 1e-4  # of a clip; sums are fp32
 STILL, DRIFT = 100.0, 0.25  # a lot so large that weights hardly move in a step, and how far sums may drift for it
-SURE = 1e-9  # a chance finding of a statistical check is this unlikely
 ROUNDS, SAMPLED_ROUNDS = 3, 60
 
 
@@ -53,11 +51,12 @@ def probe(config: Config, reporter: Reporter | None = None) -> list[Finding]:
         )
     with TemporaryDirectory() as folder:
         bench = Bench(config, Path(folder), reporter)
+        unit = config.privacy.unit
         if not bench.experiment.plan.shared:
-            return [_finding("nothing is shared", bench, "release", 0.0, 0.0, "No message leaves, so none is checked.")]
-        if config.privacy.unit == "none":
-            return [_finding("no guarantee", bench, "release", 0.0, 0.0, "Nothing is claimed, so nothing is checked.")]
-        if config.privacy.unit == "record":
+            return [check("nothing is shared", unit, "release", 0.0, 0.0, "No message leaves, so none is checked.")]
+        if unit == "none":
+            return [check("no guarantee", unit, "release", 0.0, 0.0, "Nothing is claimed, so nothing is checked.")]
+        if unit == "record":
             found = [*_record_sensitivity(bench), *_record_noise(bench)]
         else:
             found = [*_user_sensitivity(bench), *_sampler(bench), *_user_noise(bench)]
@@ -124,11 +123,11 @@ def _record_sensitivity(bench: Bench) -> list[Finding]:
         own, others = max(own, change[user] / clip), max(others, *(np.delete(change, user) / clip))
         what = f"{phase}"
         found += [
-            _finding("sensitivity of one record", bench, what, 1.0, own,
+            check("sensitivity of one record", "record", what, 1.0, own,
                      "Largest change of its owner's sum of one step when one record is taken away, in clips."),
-            _finding("one record, other clients", bench, what, 0.0, others,
+            check("one record, other clients", "record", what, 0.0, others,
                      "Largest change of any other client's sum when one record is taken away, in clips."),
-            _finding("sums of the next step", bench, what, DRIFT, _carried(bench, phase, phases, number),
+            check("sums of the next step", "record", what, DRIFT, _carried(bench, phase, phases, number),
                      "How far the next step's sums of the same records lie from a step's, relative to them, at nearly "
                      "the same weights: what one step leaves behind would count again under the next one's noise."),
         ]  # fmt: skip
@@ -170,9 +169,9 @@ def _record_noise(bench: Bench) -> list[Finding]:
         ]
     more = max(sum(one.round == at for at, *_ in seen) - one.steps - one.head_steps for one in bench.ledger.releases)
     return [
-        _finding("steps on the ledger", bench, "round", 0.0, float(max(more, 0)),
+        check("steps on the ledger", "record", "round", 0.0, float(max(more, 0)),
                  "Noised steps that a client makes in a round beyond those that its ledger line pays for."),
-        *_noise_findings(bench, draws, line.noise_multiplier * line.clip, guarantee.noise_multiplier > 0),
+        *noise_checks("record", draws, line.noise_multiplier * line.clip, guarantee.noise_multiplier > 0),
     ]  # fmt: skip
 
 
@@ -218,12 +217,12 @@ def _user_sensitivity(bench: Bench) -> list[Finding]:
                 gap = np.linalg.norm(flat(again.broadcasts[1]) - flat(everyone.broadcasts[1]))
                 coupled = max(coupled, float(gap / step))
     found = [
-        _finding("sensitivity of one user", bench, "sum" if summed else "reply", allowed, moved,
+        check("sensitivity of one user", "user", "sum" if summed else "reply", allowed, moved,
                  "Largest change when one user has no records any more, in clips, everything else being equal."),
     ]  # fmt: skip
     if guarantee.trust == "user-central":
         found.append(
-            _finding("one user at the broadcast", bench, config.server.strategy, 0.0, coupled,
+            check("one user at the broadcast", "user", config.server.strategy, 0.0, coupled,
                      "Broadcasts with and without a user, the noise making up for the difference of the sums, relative "
                      "to the step: equal exactly if the server's optimizer sees nothing but the noised mean.")
         )  # fmt: skip
@@ -258,12 +257,12 @@ def _user_noise(bench: Bench) -> list[Finding]:
         # C Y = Z: what is released is Y, what is fresh is Z
         bands = np.array(guarantee.bands or (1.0,))
         draws = [np.tensordot(bands[: t + 1], np.array(rows[t::-1][: len(bands)]), 1) for t in range(len(rows))]
-        return _noise_findings(bench, draws, 1.0, trace.releases[0].noise_multiplier > 0)
+        return noise_checks("user", draws, 1.0, trace.releases[0].noise_multiplier > 0)
     draws = [row for number in (1, 2) for row in _reply_noise(bench, number)]
     line = trace.releases[0]
     assert line.clip is not None
     expected = line.noise_multiplier * line.clip / math.sqrt(guarantee.honest or 1)
-    return _noise_findings(bench, draws, expected, line.noise_multiplier > 0)
+    return noise_checks("user", draws, expected, line.noise_multiplier > 0)
 
 
 def _reply_noise(bench: Bench, number: int) -> Iterator[NDArray[np.float64]]:
@@ -279,52 +278,6 @@ def _reply_noise(bench: Bench, number: int) -> Iterator[NDArray[np.float64]]:
         yield flat({name: sent[name][user] - start[name] - kept[name] for name in sent})
 
 
-# ---------------------------------------------------------------- findings
-
-
-def _noise_findings(
-    bench: Bench, draws: Sequence[NDArray[np.float64]], deviation: float, noised: bool
-) -> list[Finding]:
-    """Test the noise of some releases against independent normals of the deviation that the ledger promises."""
-    if not noised:
-        detail = "The ledger claims no noise and no guarantee."
-        return [_finding("noise", bench, "release", 0.0, 0.0, detail)]
-    sizes = [draw.size for draw in draws]
-    squares = [float(np.sum(np.square(draw))) / deviation**2 for draw in draws]
-    measured = math.sqrt(sum(squares) / sum(sizes))
-    # Less noise than promised is a violation, more is not.
-    chances = [stats.chi2.cdf(square, size) * len(draws) for square, size in zip(squares, sizes, strict=True)]
-    chance = min(float(stats.chi2.cdf(sum(squares), sum(sizes))), *map(float, chances))
-    pairs = list(combinations(draws, 2))
-    largest = max((_alike(one, other) for one, other in pairs), default=0.0)
-    limit = float(stats.norm.isf(SURE / (2 * max(len(pairs), 1))))
-    common: dict[str, Any] = {
-        "what": "release", "unit": bench.config.privacy.unit, "delta": None, "ceiling": math.nan, "kind": "check"
-    }  # fmt: skip
-    return [
-        Finding(
-            name="noise", claimed=1.0, empirical=measured, verdict="violation" if chance < SURE else "consistent",
-            detail="Deviation of the noise over what the ledger says; less than 1 beyond chance is too little.",
-            numbers={"chance": chance, "numbers": float(sum(sizes))}, **common,
-        ),
-        Finding(
-            name="fresh noise", claimed=limit, empirical=largest,
-            verdict="violation" if largest > limit else "consistent",
-            detail="Largest correlation of the noise of two releases, of different rounds, clients or phases, in "
-            "standard deviations of chance.",
-            numbers={"releases": float(len(draws))}, **common,
-        ),
-    ]  # fmt: skip
-
-
-def _alike(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Correlation of two draws over the length that they share, in standard deviations of chance."""
-    size = min(one.size, other.size)
-    one, other = one[:size], other[:size]
-    length = float(np.linalg.norm(one) * np.linalg.norm(other))
-    return abs(float(one @ other)) / length * math.sqrt(size) if length else 0.0
-
-
 def _sampler(bench: Bench) -> list[Finding]:
     """Count whom the strategy asks over many rounds, where secret sampling is credited."""
     guarantee, users = bench.experiment.guarantee, len(bench.experiment.examples.users)
@@ -335,19 +288,7 @@ def _sampler(bench: Bench) -> list[Finding]:
     off = abs(asked - guarantee.rate) / spread
     limit = float(stats.norm.isf(SURE))
     return [
-        Finding(
-            name="client sampling", what=f"{SAMPLED_ROUNDS} rounds", unit=bench.config.privacy.unit, claimed=limit,
-            delta=None, empirical=off, ceiling=math.nan, kind="check",
-            verdict="violation" if off > limit else "consistent",
-            detail="How far the share of clients that are asked is from the rate that is credited, in standard "
-            "deviations.", numbers={"asked": asked, "rate": guarantee.rate},
-        )
+        check("client sampling", "user", f"{SAMPLED_ROUNDS} rounds", limit, off,
+              "How far the share of clients that are asked is from the rate that is credited, in standard deviations.",
+              {"asked": asked, "rate": guarantee.rate}, holds=off <= limit)
     ]  # fmt: skip
-
-
-def _finding(name: str, bench: Bench, what: str, allowed: float, measured: float, detail: str) -> Finding:
-    holds = measured <= allowed + TOLERANCE * max(1.0, allowed)
-    return Finding(
-        name=name, what=what, unit=bench.config.privacy.unit, claimed=allowed, delta=None, empirical=float(measured),
-        ceiling=math.nan, kind="check", verdict="consistent" if holds else "violation", detail=detail, numbers={},
-    )  # fmt: skip

@@ -14,7 +14,8 @@ from scipy.linalg import toeplitz
 from scipy.stats import norm
 
 from fedpers.audit.bounds import Finding
-from fedpers.privacy.claim import METRICS, TUNING, claim_from
+from fedpers.privacy.claim import METRICS, TUNING
+from fedpers.privacy.claiming import claim_from
 from fedpers.privacy.ledger import Ledger
 
 PRV_ERROR = 0.01

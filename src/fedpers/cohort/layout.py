@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.cohort.model import CohortModel, first_factor
+from fedpers.cohort.model import CohortModel
 from fedpers.config import Config
 from fedpers.errors import ConfigError
+from fedpers.models.adapters import first_factor
 from fedpers.plan import Plan
 from fedpers.privacy.randomness import generator, seed_key
 from fedpers.visit import Arrays, Service

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedpers.cohort.batching import Index, microbatches
+from fedpers.cohort.gate import mixed, weights
 from fedpers.cohort.lanes import Lanes
 from fedpers.cohort.linear import CohortLinear, Layer, Owners, to_cohort
 from fedpers.cohort.prefix_cache import Embedded, Prefix, Progress
 from fedpers.cohort.products import round_linears
 from fedpers.config import Config, expand
+from fedpers.method_table import Link
 from fedpers.models import adapters
-from fedpers.models.array_names import GATE, HEAD, SECOND, array_name, group_of
+from fedpers.models.array_names import GATE, HEAD, array_name, group_of
 from fedpers.models.backbone import Backbone, Tokens, next_tokens
-from fedpers.privacy.randomness import Part, generator
 from fedpers.tasks.base import Batch, Examples, Task, gather
 
 Parameters = dict[str, Tensor]  # by array name, each (clients, out, in)
-Link = Literal["linear", "sigmoid"]
-LINKS: dict[Link, Callable[[Tensor], Tensor]] = {"linear": lambda x: x, "sigmoid": torch.sigmoid}
-
-
-def first_factor(shape: tuple[int, ...], key: bytes, *address: Part) -> NDArray[np.float32]:
-    """Draw a factor A (rank, in) as PEFT does: Kaiming uniform with a = sqrt(5)."""
-    bound = 1.0 / np.sqrt(shape[1])
-    return generator(key, *address).uniform(-bound, bound, shape).astype(np.float32)
 
 
 class CohortModel(nn.Module):
@@ -45,9 +37,6 @@ class CohortModel(nn.Module):
         group: one of config.GROUPS for every array name.
         scaling: alpha / rank; an adapter adds scaling * B @ A to its module's weight.
         features: unit-length vectors of the inputs by the frozen backbone, (rows, width); what a gate reads.
-
-    With a gate, a record's output of the first adapter is scaled by 1 - g and that of the second by g, where
-    g = link(gate . [features, 1]) is the same in all layers. Without one, two adapters add up.
     """
 
     def __init__(
@@ -204,7 +193,7 @@ class CohortModel(nn.Module):
         if self.group[name] not in {"A", "A2"} or not isinstance(layer, CohortLinear):
             # lora_B, gate and residual are 0, norms the backbone's, heads start as the task says.
             return layer.weight.detach()[0].clone()
-        return torch.from_numpy(first_factor((layer.out_features, layer.in_features), key, "initial", name))
+        return torch.from_numpy(adapters.first_factor((layer.out_features, layer.in_features), key, "initial", name))
 
     def twin(self) -> CohortModel:
         """Return a copy for another thread: it has weights and gradients of its own, and shares the rest."""
@@ -253,33 +242,21 @@ class CohortModel(nn.Module):
         """
         if self.prefix is None:
             assert self.frozen_contexts is not None
-            return self.frozen_contexts[torch.from_numpy(rows)]
+            return self.frozen_contexts.index_select(0, torch.from_numpy(rows))
         hidden, mask = self.prefix.batch(rows)
         if self.layer == self.backbone.depth:
             return self.task.context(hidden, mask, self.longest)
         self.owners.set(owners)
-        with self._mixed(rows):
+        with self.mixed(rows):
             return self.task.context(self.backbone.above(hidden, mask, self.layer), mask, self.longest)
 
-    @contextmanager
-    def _mixed(self, rows: Index) -> Iterator[None]:
-        """Scale the outputs of both adapters per record by what the gate says of these rows; without a gate, by 1."""
+    def mixed(self, rows: Index) -> AbstractContextManager[None]:
+        """Let both adapters count for these rows as their owners' gates say; without a gate, in full."""
         if self.gate is None:
-            yield
-            return
+            return nullcontext()
         assert self.features is not None
-        inputs = functional.pad(self.features[torch.from_numpy(rows)], (0, 1), value=1.0)
-        second = LINKS[self.link](self.gate(inputs)).unsqueeze(-1)  # (records, 1, 1), over tokens and outputs
-        try:
-            # PEFT multiplies each adapter's output by its scaling, after lora_B.
-            self._scale(self.scaling * (1.0 - second), self.scaling * second)
-            yield
-        finally:
-            self._scale(self.scaling, self.scaling)
-
-    def _scale(self, first: Tensor | float, second: Tensor | float) -> None:
-        for layer in self.lora_layers:
-            layer.scaling.update({"default": first, SECOND: second})
+        second = weights(self.gate, self.features[torch.from_numpy(rows)], self.link)
+        return mixed(self.lora_layers, self.scaling, second)
 
     def scores(self, contexts: Tensor, rows: Index, owners: Tensor) -> Tensor:
         """Apply the owners' heads: scores (records, ...), as the task makes them."""

@@ -71,6 +71,11 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"  # of products with frozen weights in the adapted blocks
     prefix: Literal["fp32", "fp16"] = "fp32"  # how the hidden states below the adapted blocks are kept
 
+    @property
+    def rounded(self) -> bool:
+        """Whether anything is rounded to 16 bits."""
+        return self.precision == "bf16" or self.prefix == "fp16"
+
 
 class EvaluationConfig(Section):
     """What is measured on the way."""

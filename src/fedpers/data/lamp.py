@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fedpers.config import DataConfig, LampConfig
 from fedpers.data.base import Federation, Record, Source, choose_users, role
 from fedpers.errors import ConfigError, DataError
-from fedpers.formats.lamp import FORMS, HuggingFaceTokens, Item, Question, Tokens, asked, prompt, read, retrieve
+from fedpers.formats.lamp import FORMS, HuggingFaceTokens, Item, Tokens, asked, prompt, read, retrieve
+from fedpers.formats.questions import Person, Question
 from fedpers.formats.tables import Skips
 from fedpers.models import assets
 from fedpers.privacy.randomness import derive, seed_key
@@ -18,15 +19,6 @@ from fedpers.sources import assemble
 
 WRITTEN = ("4", "5", "6", "7")  # answers are texts, which may stand inside a longer one
 _HISTORY = seed_key(0)
-
-
-@dataclass(frozen=True)
-class _Person:
-    """What is known of one user: questions, and profile items in order of time without those that hold an answer."""
-
-    questions: tuple[Question, ...]
-    items: tuple[Item, ...]
-    answering: int  # items that were left out because they hold an answer
 
 
 class Lamp(Source):
@@ -89,12 +81,12 @@ def _words(text: str, answer: str) -> tuple[str, str]:
     return " ".join(text.casefold().split()), " ".join(answer.casefold().split())
 
 
-def _people(questions: Sequence[Question], lamp: LampConfig) -> dict[str, _Person]:
+def _people(questions: Sequence[Question[Item]], lamp: LampConfig) -> dict[str, Person[Item]]:
     """Put questions of one person together, whose profiles are joined, and leave out items that hold an answer.
 
     Raises DataError: an item that is not the same in two questions, or dates in a part of one person's items.
     """
-    by_user: dict[str, list[Question]] = defaultdict(list)
+    by_user: dict[str, list[Question[Item]]] = defaultdict(list)
     for question in questions:
         by_user[question.user].append(question)
     people = {}
@@ -112,7 +104,7 @@ def _people(questions: Sequence[Question], lamp: LampConfig) -> dict[str, _Perso
                 "date, or none."
             )
         kept.sort(key=lambda item: item.date or ())
-        people[user] = _Person(tuple(own), tuple(kept), len(items) - len(kept))
+        people[user] = Person(tuple(own), tuple(kept), len(items) - len(kept))
     return people
 
 
@@ -122,7 +114,7 @@ def _holds(item: Item, text: str, gold: str, lamp: LampConfig) -> bool:
     return (lamp.task == "7" or text in held) and (gold == answer or (lamp.task in WRITTEN and gold in answer))
 
 
-def _history(user: str, person: _Person, lamp: LampConfig) -> list[Item]:
+def _history(user: str, person: Person[Item], lamp: LampConfig) -> list[Item]:
     """Return the items that are retrieved from and not trained on, by their ids; those of LaMP-7 have no question."""
     if not lamp.retrieve or lamp.task == "7":
         return []
@@ -134,7 +126,7 @@ def _history(user: str, person: _Person, lamp: LampConfig) -> list[Item]:
 
 
 def _records(
-    user: str, person: _Person, config: DataConfig, tokens: Tokens | None
+    user: str, person: Person[Item], config: DataConfig, tokens: Tokens | None
 ) -> tuple[list[Record], list[Record]]:
     """Return training and test records of one user."""
     lamp, form = config.lamp, FORMS[config.lamp.task]
@@ -180,7 +172,7 @@ def _tokens(name: str) -> Tokens:
 def _facts(
     config: DataConfig,
     users: Sequence[str],
-    people: Mapping[str, _Person],
+    people: Mapping[str, Person[Item]],
     train: Sequence[tuple[Record, ...]],
     skipped: int,
 ) -> tuple[str, ...]:

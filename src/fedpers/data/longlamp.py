@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fedpers.config import DataConfig
 from fedpers.data.base import Federation, Record, Source, choose_users
 from fedpers.errors import DataError
-from fedpers.formats.longlamp import FORMS, Item, Question, Task, read
+from fedpers.formats.longlamp import FORMS, Item, Task, read
+from fedpers.formats.questions import Person, Question
 from fedpers.formats.tables import Skips
 from fedpers.sources import FROM_RAW_DATA, Parts, assemble, is_among
-
-
-@dataclass(frozen=True)
-class _Person:
-    """What is known of one user: questions, and profile items in order of time without those that hold an answer."""
-
-    questions: tuple[Question, ...]
-    items: tuple[Item, ...]
-    answering: int  # items that were left out because they hold an answer
 
 
 class LongLamp(Source):
@@ -62,9 +54,9 @@ class LongLamp(Source):
         return replace(made, facts=_facts(task, config, made.users, people, sum(skips.counts.values())))
 
 
-def _people(questions: Sequence[Question]) -> dict[str, _Person]:
+def _people(questions: Sequence[Question[Item]]) -> dict[str, Person[Item]]:
     """Put rows of one person together, whose profiles are joined, and leave out items that hold an answer."""
-    by_user: dict[str, dict[str, Question]] = defaultdict(dict)
+    by_user: dict[str, dict[str, Question[Item]]] = defaultdict(dict)
     for question in questions:
         by_user[question.user].setdefault(question.id, question)
     people = {}
@@ -74,7 +66,7 @@ def _people(questions: Sequence[Question]) -> dict[str, _Person]:
         kept = [item for item in items if not any(answer in _words(item.answer) for answer in answers)]
         if _dated(items):
             kept.sort(key=lambda item: item.year or 0)
-        people[user] = _Person(tuple(own.values()), tuple(kept), len(items) - len(kept))
+        people[user] = Person(tuple(own.values()), tuple(kept), len(items) - len(kept))
     return people
 
 
@@ -87,7 +79,7 @@ def _words(text: str) -> str:
     return f" {' '.join(text.casefold().split())} "  # words stand between spaces, so that none is found in another
 
 
-def _records(user: str, person: _Person) -> Parts:
+def _records(user: str, person: Person[Item]) -> Parts:
     """Return training and test records of one user."""
 
     def record(kind: str, identifier: str, text: str, target: str) -> Record:
@@ -101,7 +93,7 @@ def _records(user: str, person: _Person) -> Parts:
 
 
 def _facts(
-    task: Task, config: DataConfig, users: Sequence[str], people: Mapping[str, _Person], skipped: int
+    task: Task, config: DataConfig, users: Sequence[str], people: Mapping[str, Person[Item]], skipped: int
 ) -> tuple[str, ...]:
     """Say in numbers what a claim leaves out."""
     members = [people[user] for user in users]

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from fedpers.errors import DataError
-from fedpers.figures.style import kind_look, legend, new_figure, save, style, title
+from fedpers.figures.style import kind_look, legend, new_figure, reference, save, style, title
 
 
 @style()
@@ -41,8 +41,7 @@ def cold_start_curve(
         ax.plot(records, mean, color=look.color, linestyle=look.line, marker=look.marker, zorder=3, label=look.name)
         ax.fill_between(records, low, high, color=look.color, alpha=0.15, linewidth=0)
     for kind, value in references.items():
-        look = kind_look(kind)
-        ax.axhline(value, color=look.color, linestyle=look.line, linewidth=1.3, label=f"{look.name}: {value:.3f}")
+        reference(ax, kind, value, note=f": {value:.3f}")
     ax.set_xscale("symlog", linthresh=1, base=2)
     ax.xaxis.set_major_locator(FixedLocator([float(count) for count in sorted(counts)]))
     ax.xaxis.set_minor_locator(NullLocator())

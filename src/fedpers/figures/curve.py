@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedpers.errors import DataError
 from fedpers.evaluation.statistics import Floats
-from fedpers.figures.style import BLACK, kind_look, legend, new_figure, save, style, title
+from fedpers.figures.style import BLACK, kind_look, legend, new_figure, reference, save, style, title
 
 
 @style()
@@ -52,10 +52,7 @@ def learning_curve(
         ax.plot(x, y, color=look.color, linestyle="-", marker=look.marker, zorder=3, label=f"{look.name}, by round")
     for kind, value in references.items():
         if np.isfinite(value):
-            look = kind_look(kind)
-            ax.axhline(
-                value, color=look.color, linestyle=look.line, linewidth=1.3, zorder=2, label=f"{look.name}: {value:.3f}"
-            )
+            reference(ax, kind, value, note=f": {value:.3f}")
     ax.margins(y=0.08)
     ax.set_ylabel(f"mean {metric} over users")
     title(fig, f"Learning curve\n{claim_label}")

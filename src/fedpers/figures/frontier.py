@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fedpers.errors import DataError, PrivacyRefusal
-from fedpers.figures.style import KIND_LOOKS, Look, legend, method_look, new_figure, save, style, wrap
+from fedpers.figures.style import Look, legend, method_look, new_figure, reference, save, style, wrap
 from fedpers.figures.style import title as draw_title
 from fedpers.privacy.claim import rounded_up
 
@@ -93,14 +93,9 @@ def _positions(epsilons: Sequence[float]) -> dict[float, float]:
 
 def _draw_free(ax: Axes, cells: Sequence[FrontierCell]) -> None:
     """Draw what costs no privacy: training at home, and no training."""
-    look = KIND_LOOKS["local"]
     means, lows, highs = zip(*(cell.local for cell in cells), strict=True)
-    ax.axhspan(min(lows), max(highs), facecolor=look.color, alpha=0.15, zorder=0)
-    label = f"{look.name}, 95%\n(free: nothing leaves)"
-    ax.axhline(float(np.mean(means)), color=look.color, linestyle=look.line, linewidth=1.3, zorder=1, label=label)
-    look = KIND_LOOKS["zero_shot"]
-    zero_shot = float(np.mean([cell.zero_shot for cell in cells]))
-    ax.axhline(zero_shot, color=look.color, linestyle=look.line, linewidth=1.5, zorder=1, label=look.name)
+    reference(ax, "local", float(np.mean(means)), (min(lows), max(highs)), ", 95%\n(free: nothing leaves)")
+    reference(ax, "zero_shot", float(np.mean([cell.zero_shot for cell in cells])), note="")
 
 
 def _draw_method(

@@ -87,6 +87,20 @@ def method_look(name: str, position: int) -> Look:
     return Look(name, color, line, marker)
 
 
+def reference(
+    ax: Axes, kind: str, mean: float, band: tuple[float, float] | None = None, note: str | None = None
+) -> None:
+    """Draw a model kind as a line across, behind what is held against it, with a band from low to high.
+
+    `note` follows its name in the legend; without one it is not there.
+    """
+    look = kind_look(kind)
+    if band is not None:
+        ax.axhspan(*band, facecolor=look.color, alpha=0.15, zorder=0)
+    label = None if note is None else f"{look.name}{note}"
+    ax.axhline(mean, color=look.color, linestyle=look.line, linewidth=1.3, zorder=1, label=label)
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Draw inside this style and leave matplotlib's settings as they were; a user's matplotlibrc has no influence."""

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from fedpers.evaluation.crossed import intervals
 from fedpers.evaluation.statistics import Interval
-from fedpers.figures.style import KIND_LOOKS, Look, method_look, new_figure, save, style, title
+from fedpers.figures.style import KIND_LOOKS, Look, method_look, new_figure, reference, save, style, title
 from fedpers.figures.sweep_facets import baselines, explain, file_name, heading, level, levels
 from fedpers.sweep.points import Panel, panels
 
@@ -60,7 +60,8 @@ def cost(results: pa.Table, users: pa.Table, folder: Path) -> list[Path]:
         if panel.local is not None and all(run in rows for run in home):
             [mean] = intervals([panel.local])
             for upper, lower in axes.T:
-                _draw_local(upper, lower, mean, _amounts(rows, home)[1])
+                reference(upper, "local", mean.mean, (mean.low, mean.high))
+                _mark(lower, _amounts(rows, home)[1], mean, KIND_LOOKS["local"])
         _finish(axes, columns)
         fig.supylabel(f"mean {panel.metric} over users", fontsize=9)
         title(fig, heading(panel, "what utility costs"))
@@ -81,13 +82,6 @@ def _mark(ax: Axes, amounts: Sequence[float], utility: Interval, look: Look) -> 
         ax.plot([x, x], [utility.low, utility.high], color=look.color, linewidth=1.2, zorder=3)
         ax.plot([min(amounts), max(amounts)], [utility.mean] * 2, color=look.color, linewidth=0.8, zorder=3)
         ax.plot(x, utility.mean, color=look.color, marker=look.marker, linestyle="", zorder=4)
-
-
-def _draw_local(upper: Axes, lower: Axes, utility: Interval, seconds: Sequence[float]) -> None:
-    look = KIND_LOOKS["local"]
-    upper.axhline(utility.mean, color=look.color, linestyle=look.line, linewidth=1.3, zorder=1)
-    upper.axhspan(utility.low, utility.high, facecolor=look.color, alpha=0.13, zorder=0)
-    _mark(lower, seconds, utility, look)
 
 
 def _finish(axes: Any, columns: Sequence[str]) -> None:

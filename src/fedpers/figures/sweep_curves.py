@@ -11,9 +11,8 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from fedpers.evaluation.crossed import Crossed
 from fedpers.evaluation.statistics import Floats
-from fedpers.figures.style import KIND_LOOKS, Look, method_look, new_figure, save, style, title
+from fedpers.figures.style import KIND_LOOKS, Look, method_look, new_figure, reference, save, style, title
 from fedpers.figures.sweep_facets import file_name, heading, level, levels
 from fedpers.sweep.points import Panel, Point, panels
 
@@ -58,8 +57,9 @@ def learning_curves(results: pa.Table, users: pa.Table, rounds: Mapping[str, pa.
             look = method_look(point.line, panel.lines.index(point.line))
             _draw(axes[columns.index(level(point))], some, look)
         for ax, name in zip(axes, columns, strict=True):
-            _reference(ax, "local", panel.local)
-            _reference(ax, "zero_shot", panel.points[0].kinds.get("zero_shot"))
+            for kind, one in (("local", panel.local), ("zero_shot", panel.points[0].kinds.get("zero_shot"))):
+                if one is not None:
+                    reference(ax, kind, one.mean, note="")
             ax.set_title(name, fontsize=9, loc="left")
             ax.set_xlabel("round")
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -98,9 +98,3 @@ def _draw(ax: Axes, curves: Sequence[Curve], look: Look) -> None:
         markevery=max(1, len(shown) // 8), zorder=3, label=label,
     )  # fmt: skip
     ax.fill_between(shown, values.min(axis=0), values.max(axis=0), color=look.color, alpha=0.15, linewidth=0)
-
-
-def _reference(ax: Axes, kind: str, found: Crossed | None) -> None:
-    if found is not None:
-        look = KIND_LOOKS[kind]
-        ax.axhline(found.mean, color=look.color, linestyle=look.line, linewidth=1.3, zorder=1, label=look.name)

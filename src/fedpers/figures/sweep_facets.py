@@ -18,11 +18,10 @@ from fedpers.evaluation.crossed import crossed
 from fedpers.evaluation.statistics import Floats
 from fedpers.figures.frontier import tick
 from fedpers.figures.style import new_figure, wrap
-from fedpers.sweep.points import CLIP_ONLY, NO_PRIVACY, NOTHING_LEAVES, Panel, Point
+from fedpers.sweep.points import Panel, Point
 from fedpers.sweep.settings import seeds
 
 MOST_MARKS = 5000  # above this many users a random sample of them is drawn
-_ORDER = (NOTHING_LEAVES, "", CLIP_ONLY, NO_PRIVACY)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def baselines(panel: Panel) -> list[str]:
 
 def levels(points: Sequence[Point]) -> list[str]:
     """Names of the levels of some points, the most private first; epsilons that round up to the same are one."""
-    ordered = sorted(points, key=lambda point: (_ORDER.index(point.level), point.epsilon))
+    ordered = sorted(points, key=lambda point: (point.setting.level.place[0], point.epsilon))
     return list(dict.fromkeys(map(level, ordered)))
 
 

@@ -20,22 +20,21 @@ from fedpers.figures.frontier import tick
 from fedpers.figures.style import (
     BLACK,
     GREY,
-    KIND_LOOKS,
     Look,
     legend,
     method_look,
     new_figure,
+    reference,
     save,
     style,
     title,
     wrap,
 )
-from fedpers.sweep.points import Panel, Point, panels
+from fedpers.sweep.points import LEVELS, Panel, Point, panels
 from fedpers.sweep.settings import Level
 
 LINES = 6  # in one panel, as many as have looks of their own
 BANDS = 3  # with more lines, bands would only cover each other, and bars are enough
-_WORDS = {-1: "nothing\nleaves", 1: "clip\nonly", 2: "no\nprivacy"}  # of levels that have no place on a log axis
 _RING: Any = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": BLACK, "linestyle": "", "zorder": 6}
 _CAPTION = (
     "Thick: own models, mean over users and seeds with a 95% interval (bootstrap, users and seeds crossed), as wide as "
@@ -161,13 +160,11 @@ def _ringed(panel: Panel) -> set[Point]:
 def _draw_free(ax: Axes, panel: Panel) -> None:
     """Draw what costs no privacy: training at home, and no training."""
     if panel.local is not None:
-        look, (mean, low, high) = KIND_LOOKS["local"], intervals([panel.local])[0]
-        ax.axhspan(low, high, facecolor=look.color, alpha=0.15, zorder=0)
-        ax.axhline(mean, color=look.color, linestyle=look.line, linewidth=1.3, zorder=1, label=f"{look.name}\n(free)")
+        [(mean, low, high)] = intervals([panel.local])
+        reference(ax, "local", mean, (low, high), "\n(free)")
     shown = [point.kinds["zero_shot"] for point in panel.points if "zero_shot" in point.kinds]
     if shown:
-        look, most = KIND_LOOKS["zero_shot"], max(shown, key=lambda one: one.seeds.size)
-        ax.axhline(most.mean, color=look.color, linestyle=look.line, linewidth=1.5, zorder=1, label=look.name)
+        reference(ax, "zero_shot", max(shown, key=lambda one: one.seeds.size).mean, note="")
 
 
 def _draw_line(
@@ -195,7 +192,7 @@ def _label(ax: Axes, below: Axes, panel: Panel, lines: Sequence[str], places: Ma
     """Say what the axes are; the numbers below stand under their epsilons."""
     ordered = sorted(places.items(), key=lambda item: item[1])
     at = [place for _, place in ordered]
-    words = [_WORDS.get(level.place[0]) or tick(level.place[2]) for level, _ in ordered]
+    words = [LEVELS[level.place[0]].replace(" ", "\n") or tick(level.place[2]) for level, _ in ordered]
     margin = 0.5 * float(min(np.diff(at), default=1.0))
     for one in (ax, below):
         one.set_xticks(at, words)

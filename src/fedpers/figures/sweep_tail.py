@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from fedpers.evaluation.statistics import MINIMUM_RECORDS, Interval
 from fedpers.evaluation.tails import FEW, MANY, decile, decile_of_equals, gap, resampled, thirds
-from fedpers.figures.style import BLACK, KIND_LOOKS, Look, method_look, new_figure, save, style, title, wrap
+from fedpers.figures.style import BLACK, KIND_LOOKS, Look, method_look, new_figure, reference, save, style, title, wrap
 from fedpers.figures.sweep_facets import Measured, baselines, file_name, heading, level, levels, measured
 from fedpers.sweep.points import Panel, panels
 
@@ -51,7 +51,9 @@ def worst_and_gap(results: pa.Table, users: pa.Table, folder: Path) -> list[Path
         upper, lower = fig.subplots(2, 1, sharex=True)
         _draw(upper, lower, panel, [one for one in own if one is not None])
         if local is not None:
-            _draw_local(upper, lower, panel, local)
+            for ax, value in ((upper, _worst(panel, local)), (lower, _gap(panel, local))):
+                if value is not None:
+                    reference(ax, "local", value.mean, (value.low, value.high))
         _finish(upper, lower, panel, local is not None)
         title(
             fig, heading(panel, "the worst tenth of users, and those with many training records against those with few")
@@ -105,14 +107,6 @@ def _mark(ax: Axes, x: float, value: Interval | None, look: Look) -> None:
     if value is not None:
         ax.plot([x, x], [value.low, value.high], color=look.color, linewidth=1.3, zorder=3)
         ax.plot(x, value.mean, color=look.color, marker=look.marker, linestyle="", zorder=4)
-
-
-def _draw_local(upper: Axes, lower: Axes, panel: Panel, local: Measured) -> None:
-    look = KIND_LOOKS["local"]
-    for ax, value in ((upper, _worst(panel, local)), (lower, _gap(panel, local))):
-        if value is not None:
-            ax.axhline(value.mean, color=look.color, linestyle=look.line, linewidth=1.3, zorder=1)
-            ax.axhspan(value.low, value.high, facecolor=look.color, alpha=0.13, zorder=0)
 
 
 def _finish(upper: Axes, lower: Axes, panel: Panel, local: bool) -> None:

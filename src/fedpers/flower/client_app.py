@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
+from flwr.app import Message
 
 from fedpers.cohort.clients import Clients
 from fedpers.evaluation.models import shared_metrics
@@ -50,15 +49,3 @@ def measured(
     """Answer evaluation messages; the metrics themselves travel only where `tell` says so."""
     found = shared_metrics(clients, users, shared) if tell else [{} for _ in users]
     return [wire.metrics_reply(message, one) for message, one in zip(messages, found, strict=True)]
-
-
-def make_client_app(clients: Clients, report: Report) -> ClientApp:
-    """Return a ClientApp that serves the user named by the node's `partition-id`."""
-    app = ClientApp()
-
-    def serve(message: Message, context: Context) -> Message:
-        return answer(clients, [int(context.node_config["partition-id"])], [message], report)[0]
-
-    app.train()(serve)
-    app.evaluate()(serve)
-    return app

@@ -62,7 +62,10 @@ def to_record(arrays: Arrays, allowed: Sequence[str]) -> ArrayRecord:
     if set(arrays) != set(allowed):
         extra = sorted(set(arrays) ^ set(allowed))
         raise PrivacyRefusal(f"a message must hold exactly the shared arrays; in question: {', '.join(extra)}.")
-    return ArrayRecord({name: _pack(np.ascontiguousarray(arrays[name])) for name in sorted(allowed)})
+    record = ArrayRecord()
+    for name in sorted(allowed):  # one by one: from a dictionary, Flower makes each array twice
+        record[name] = _pack(np.ascontiguousarray(arrays[name]))
+    return record
 
 
 def from_record(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from fedpers.errors import ConfigError, DataError
+from fedpers.formats.questions import Question
 from fedpers.formats.tables import Bad, Skips, as_text
 
 Task = Literal["1", "2", "2-news", "3", "4", "5", "6", "7"]
@@ -98,17 +99,6 @@ class Item:
     date: tuple[int, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One question of one person, with the answer and the person's profile, in the order of the file."""
-
-    id: str
-    user: str
-    input: str
-    gold: str
-    items: tuple[Item, ...]
-
-
 class Tokens(Protocol):
     """Counts and cuts texts as a tokenizer does."""
 
@@ -146,7 +136,7 @@ def asked(task: Task, question: str) -> str:
     return after.strip() if found else ""
 
 
-def read(path: Path, task: Task, part: str, by_time: bool, skips: Skips) -> list[Question]:
+def read(path: Path, task: Task, part: str, by_time: bool, skips: Skips) -> list[Question[Item]]:
     """Read `{part}_questions.json` and `{part}_outputs.json` of a folder, or one merged file.
 
     Raises:
@@ -161,7 +151,7 @@ def read(path: Path, task: Task, part: str, by_time: bool, skips: Skips) -> list
         listed, golds = _json(path / name), read_outputs(path / f"{part}_outputs.json", task)
     if not isinstance(listed, list):
         raise DataError(f"{name}: a {type(listed).__name__}, not a list of questions.")
-    questions: list[Question] = []
+    questions: list[Question[Item]] = []
     for number, tree in enumerate(listed, start=1):
         place = f"{name}, question {number}"
         try:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from fedpers.errors import DataError
+from fedpers.formats.questions import Question
 from fedpers.formats.tables import LINES, Bad, Skips, as_text, find_files
 from fedpers.privacy.randomness import derive, seed_key
 
@@ -52,18 +53,7 @@ class Item:
     year: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One row: what one person was asked and wrote, and the person's profile in the order of the file."""
-
-    id: str
-    user: str
-    input: str
-    gold: str
-    items: tuple[Item, ...]
-
-
-def read(path: str, skips: Skips) -> tuple[Task, list[Question]]:
+def read(path: str, skips: Skips) -> tuple[Task, list[Question[Item]]]:
     """Read all rows of a JSON list, of JSONL or Parquet files, a folder of them or a pattern.
 
     Which task they are of is told by the field that holds the user.
@@ -95,7 +85,7 @@ def _task(row: Any) -> Task:
     return found[0]
 
 
-def _question(row: Any, task: Task, skips: Skips, place: str) -> Question:
+def _question(row: Any, task: Task, skips: Skips, place: str) -> Question[Item]:
     form = FORMS[task]
     if missing := _missing(row, (form.user, "input", "output", "profile")):
         raise Bad("question", f"no field {missing}, which a row of the {task} task has")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import CodeType
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from fedpers.config import GROUPS, Family, expand
-from fedpers.method_table import FUNCTIONS, check
+from fedpers.method_table import FUNCTIONS, Link, check
 from fedpers.phase import FROZEN, PERSONAL, SHARED, Phase, Scope
 from fedpers.visit import Arrays, Service, Tensors, Visit
 
@@ -35,7 +35,7 @@ class Method:
     clusters: ClassVar[str] = ""  # the option with the number of shared models of which each user takes the best
     needs: ClassVar[tuple[Family, ...]] = ()  # families that `share` must not leave out
     serves: ClassVar[tuple[str, ...]] = ()  # shared groups that the server sets and no client sends
-    link: ClassVar[Literal["linear", "sigmoid"]] = "linear"  # from the gate's output to the second adapter's weight
+    link: ClassVar[Link] = "linear"  # from the gate's output to the second adapter's weight
     sgd: ClassVar[bool] = False  # whether its arithmetic holds for plain gradient steps alone
     pooled: ClassVar[bool] = False  # one trainer holds all records: not federated
     everyone: ClassVar[bool] = False  # whether every client has to take part in every round

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import peft
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as packed
 from torch import Tensor, nn
 
 from fedpers.config import GROUPS, AdapterConfig, expand
@@ -20,6 +21,7 @@ from fedpers.config.refused import REFUSED
 from fedpers.errors import ConfigError
 from fedpers.models.array_names import SECOND, base_name, group_of, pairs
 from fedpers.models.backbone import Backbone, public_name
+from fedpers.privacy.randomness import Part, generator
 
 Arrays = Mapping[str, NDArray[np.float32]]
 _STEM = "base_model.model."  # of PEFT's keys, before the path in the adapted model
@@ -120,6 +122,12 @@ def _add_residual(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return total
 
 
+def first_factor(shape: tuple[int, ...], key: bytes, *address: Part) -> NDArray[np.float32]:
+    """Draw a factor A (rank, in) as PEFT does: Kaiming uniform with a = sqrt(5)."""
+    bound = 1.0 / np.sqrt(shape[1])
+    return generator(key, *address).uniform(-bound, bound, shape).astype(np.float32)
+
+
 def lora_layers(model: Any) -> list[Any]:
     """Return PEFT's layers of a model, each with a base layer and the factors of all adapters."""
     return [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
@@ -155,10 +163,12 @@ def save(directory: Path, arrays: Arrays, lora: Any | None, head: Mapping[str, o
             lacks = "its LoRA configuration" if lora is None else ", ".join(sorted(missing))
             raise ConfigError(f"{directory}: an adapter without {lacks} cannot be saved; PEFT could not load it.")
         _outside(lora, inner).save_pretrained(str(directory))
-        save_file(_renamed(adapter, _STEM, _stem(inner)), directory / "adapter_model.safetensors", {"format": "pt"})
+        content = packed(_renamed(adapter, _STEM, _stem(inner)), {"format": "pt"})
+        (directory / "adapter_model.safetensors").write_bytes(content)
+    # Not by save_file: of a full disk it tells a text alone, and not by an OSError.
     for part, group in parts.items():
-        save_file(_renamed(group, _STEM, _stem(inner)), directory / f"{part}.safetensors")
-    save_file(heads, directory / "head.safetensors")
+        (directory / f"{part}.safetensors").write_bytes(packed(_renamed(group, _STEM, _stem(inner))))
+    (directory / "head.safetensors").write_bytes(packed(heads))
     about = {**head, **{part: BESIDE[part] for part in parts}} | ({"inner": inner} if inner else {})
     text = json.dumps(about, indent=2, sort_keys=True)
     (directory / "head.json").write_text(text + "\n", encoding="utf-8")

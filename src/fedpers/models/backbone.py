@@ -63,7 +63,10 @@ class Backbone:
             for key, value in config.to_dict().items():
                 if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
                     setattr(config, key, 0.0)
-            self.model: Any = transformers.AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
+            # Weights in safetensors alone: the older format is a pickle, which runs what it says.
+            self.model: Any = transformers.AutoModel.from_pretrained(
+                path, config=config, dtype=torch.float32, use_safetensors=True
+            )
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,12 @@ def _part(kind: bytes, text: str) -> bytes:
     return b"%c%d:%b" % (kind, len(encoded), encoded)
 
 
+@lru_cache(maxsize=2**18)
+def _stem(name: str) -> bytes:
+    """A record's name as a part of an address; a run asks for the same ones in every round."""
+    return _part(b"s", name)
+
+
 def derive(key: bytes, *address: Part) -> bytes:
     """Return the 32 bytes that belong to `address` under `key` (BLAKE2b as a keyed pseudo-random function)."""
     return hashlib.blake2b(_encode(address), digest_size=32, key=key).digest()
@@ -87,7 +94,7 @@ def uniforms(key: bytes, address: Sequence[Part], names: Sequence[str], count: i
     # A million of these are drawn in a run whose steps cost nothing else, so there is one call for each.
     digests = [
         hashlib.blake2b(stem + end, digest_size=64, key=root).digest()
-        for stem in (_part(b"s", name) for name in names)
+        for stem in map(_stem, names)
         for end in ends
     ]
     words = np.frombuffer(b"".join(digests), dtype="<u8").reshape(len(names), 8 * len(ends))

@@ -15,11 +15,11 @@ from fedpers.config import dump_config
 from fedpers.errors import RunDirectoryError
 from fedpers.evaluation.per_user import NAMES
 from fedpers.privacy.claim import Claim
+from fedpers.public import without_folders
 from fedpers.report.citations import bibtex
 from fedpers.report.html import epsilon, render, short, write_page
 from fedpers.report.stored import Values, read_run, read_users
 from fedpers.report.tables import UserTable, user_table
-from fedpers.run_directory import without_folders
 from fedpers.simulation import Run
 
 Pairs = Sequence[tuple[str, str]]

@@ -16,8 +16,7 @@ from fedpers.evaluation.per_user import KINDS
 from fedpers.sweep.cells import AT_HOME
 from fedpers.sweep.settings import Setting, series_of, settings
 
-NO_PRIVACY, CLIP_ONLY, NOTHING_LEAVES = "no privacy", "clip only", "nothing leaves"
-_LEVELS = {-1: NOTHING_LEAVES, 0: "", 1: CLIP_ONLY, 2: NO_PRIVACY}
+LEVELS = {-1: "nothing leaves", 0: "", 1: "clip only", 2: "no privacy"}  # by the first part of a level's place
 _AT_HOME = {*AT_HOME, "evaluation"} - {"seed"}  # sections that decide about people, models and baselines
 Promise = tuple[str, str, float | None]  # unit, trust and delta
 
@@ -44,7 +43,7 @@ class Point:
     @property
     def level(self) -> str:
         """What it is where it has no epsilon above 0: "no privacy", "clip only" or "nothing leaves"; otherwise ""."""
-        return _LEVELS[self.setting.level.place[0]]
+        return LEVELS[self.setting.level.place[0]]
 
     @property
     def epsilon(self) -> float:

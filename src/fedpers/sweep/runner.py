@@ -28,7 +28,7 @@ from fedpers.sweep.grid import Grid
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # what ails the disk ails every cell
 _DIED = "one of its processes died, perhaps for want of memory; fewer --jobs need less"
-_PAUSE = 0.3  # seconds between looks at what other processes have done
+_PAUSE = 0.5  # seconds between looks at what other processes have done
 
 
 class Job(NamedTuple):
@@ -144,7 +144,7 @@ def _run(
             with place.locked(out, job.cell.address, wait=False) as mine:
                 if not mine:
                     left.append(job)
-                elif not _over(job, out, before):
+                elif not _over(job, out, before, place.read(out, place.FAILED)):
                     if job.group != group:
                         group, reuse = job.group, Reuse(reuse.federations)
                         gc.collect()  # a model and its threads' copies hold each other
@@ -157,11 +157,10 @@ def _run(
     return None
 
 
-def _over(job: Job, out: Path, before: place.Entries) -> bool:
+def _over(job: Job, out: Path, before: place.Entries, failed: place.Entries) -> bool:
     """Whether a cell is finished, or has failed since this sweep began."""
-    address = job.cell.address
-    failed = place.read(out, place.FAILED).get(address)
-    return place.cell(out, address).finished or (failed is not None and failed != before.get(address))
+    entry = failed.get(job.cell.address)
+    return place.cell(out, job.cell.address).finished or (entry is not None and entry != before.get(job.cell.address))
 
 
 def _attempt(cell: Cell, out: Path, reuse: Reuse, reporter: Reporter) -> str | None:
@@ -245,7 +244,8 @@ class _Progress:
 
     def update(self) -> None:
         """Look at what is on disk, and tell what is new."""
-        new = [job for job in self.left if _over(job, self.out, self.before)]
+        failed = place.read(self.out, place.FAILED)
+        new = [job for job in self.left if _over(job, self.out, self.before, failed)]
         if not new:
             return
         self.left = [job for job in self.left if job not in new]

@@ -17,7 +17,8 @@ from fedpers.errors import LedgerError
 from fedpers.privacy.claim import rounded_up
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.spending import composed, kind, spending
-from fedpers.run_directory import MEMBERS, without_folders
+from fedpers.public import without_folders
+from fedpers.run_directory import MEMBERS
 
 
 @dataclass(frozen=True)

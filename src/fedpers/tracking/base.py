@@ -19,8 +19,8 @@ import yaml
 
 from fedpers.config import Config, dump_config
 from fedpers.errors import FedpersError, TrackingError
+from fedpers.public import without_folders
 from fedpers.reporting import Reporter
-from fedpers.run_directory import without_folders
 from fedpers.tracking import check_names
 
 SINGLE = {"median_update_norm"}  # the median of an odd number of norms is one client's own
