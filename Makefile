@@ -15,11 +15,15 @@ help: ## print these lines
 quickstart: $(INSTALLED) ## install, then run configs/quickstart.yaml
 	$(BIN)/fedpers run configs/quickstart.yaml
 
+# Two processes with a thread each: the libraries' own threads would wait for each other. Each takes half of the files as
+# they stand, so that what tests of a file share is made once, and whoever is done takes over from the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(INSTALLED) ## install, then run all tests, two at a time
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 test-fast: $(INSTALLED) ## install, then run the tests that need no real model and no network
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED) ## install, then check style, format and types
 	$(BIN)/ruff check .

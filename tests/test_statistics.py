@@ -18,6 +18,7 @@ from fedpers.evaluation.statistics import (
     mean_interval,
     minimum_detectable_effect,
     null_band,
+    signed_rank,
     worst_decile,
 )
 
@@ -94,6 +95,20 @@ def test_the_p_value_is_scipys_over_all_users() -> None:
     assert found.p_value == pytest.approx(expected)
     assert (found.n_users, found.n_eligible, found.worst_decile_gain) == (80, 0, None)
     assert compare(own, own, np.full(80, 3), None, None, rng()).p_value == 1.0
+
+
+@settings(max_examples=40, deadline=None)  # scipy takes its time
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=7).filter(any))
+def test_few_people_are_counted_as_scipy_counts_them(gains: list[int]) -> None:
+    """With ties and zeros, where scipy goes through all choices of signs, too."""
+    expected = stats.wilcoxon(gains, zero_method="pratt").pvalue
+    assert signed_rank(np.array(gains, dtype=float)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("people", [13, 14])
+def test_where_counting_ends(people: int) -> None:
+    gains = np.random.default_rng(people).normal(0.3, 1, people)
+    assert signed_rank(gains) == pytest.approx(stats.wilcoxon(gains, zero_method="pratt").pvalue, rel=1e-12)
 
 
 def test_rounding_dust_neither_helps_nor_harms() -> None:

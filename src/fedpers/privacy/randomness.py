@@ -93,9 +93,7 @@ def uniforms(key: bytes, address: Sequence[Part], names: Sequence[str], count: i
     ends = [b"%d" % block for block in range(-(-count // 8))]
     # A million of these are drawn in a run whose steps cost nothing else, so there is one call for each.
     digests = [
-        hashlib.blake2b(stem + end, digest_size=64, key=root).digest()
-        for stem in map(_stem, names)
-        for end in ends
+        hashlib.blake2b(stem + end, digest_size=64, key=root).digest() for stem in map(_stem, names) for end in ends
     ]
     words = np.frombuffer(b"".join(digests), dtype="<u8").reshape(len(names), 8 * len(ends))
     return (words[:, :count] >> np.uint64(11)).astype(np.float64) * _UNIT
