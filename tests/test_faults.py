@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
@@ -18,9 +21,10 @@ from conftest import opening_fields
 from fedpers import simulation
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config
-from fedpers.errors import PrivacyRefusal, RunDirectoryError
+from fedpers.errors import AssetError, PrivacyRefusal, RunDirectoryError
 from fedpers.experiment import Reuse, prepare
 from fedpers.flower import messages as wire
+from fedpers.models.backbone import Backbone
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Opening
 from fedpers.run_directory import RunDirectory
@@ -193,6 +197,46 @@ def test_a_deployment_goes_on_with_who_is_left(
         assert line.clients in (None, list(range(USERS)))
 
 
+@dataclass
+class Slow(Nodes):
+    """Nodes of which the first answers the first round when the second one is under way, before it answers that."""
+
+    held: list[Message] = field(default_factory=list)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        replies: list[Message] = []
+        for message in messages:
+            # Flower's grids name each message that they send, and its answer says which one it is to.
+            message.metadata.__dict__["_message_id"] = f"{len(self.seen)}"
+            reply = self.deliver(message)
+            number = wire.round_of(message) if message.metadata.message_type == "train" else 0
+            if number == 1 and reply.metadata.src_node_id == self.numbers[0]:
+                self.held = [reply]
+                continue
+            if number == 2:
+                replies, self.held = [*replies, *self.held], []
+            replies.append(reply)
+        return replies
+
+
+@pytest.mark.parametrize("privacy", [USER_CENTRAL, RECORD], ids=["user-central", "record-local"])
+def test_a_late_answer_is_no_answer(world: Make, privacy: dict[str, Any]) -> None:
+    """It would stand for the answer to the round that is under way; to the byte it is as if it had been lost. Who was
+    asked is charged, by the server and by the node, whose answer somebody saw.
+    """
+    here = world(shared=True, method="fedbabu", privacy=privacy, client_rate=1.0)
+    slow = Slow(here.files)
+    here.serve(slow, "slow")
+    assert slow.held == []
+    again = world(shared=True, method="fedbabu", privacy=privacy, client_rate=1.0)
+    again.serve(Faulty(again.files, faults={(1, 0): _silent}), "lost")
+    one, other = ended(here, "slow"), ended(again, "lost")
+    assert {name: array.tobytes() for name, array in one[0].items()} == {n: a.tobytes() for n, a in other[0].items()}
+    assert one[1].releases == other[1].releases
+    assert [line.clients for line in one[1].releases] in ([None] * 2, [list(range(USERS))] * 2)
+    assert [line.round for line in here.ledger(0).releases] == [1, 2]
+
+
 def ended(here: World, out: str) -> tuple[dict[str, NDArray[np.float32]], Ledger]:
     done = RunDirectory(here.folder / out).recover(PersonalStore(here.folder / "unused", 1, {}))
     assert done is not None
@@ -229,6 +273,34 @@ def test_a_full_disk_is_told_and_made_good(
             simulate(config, tmp_path / "run", reuse=reuse)
     assert "\n" not in str(raised.value)
     assert_same(results(simulate(config, tmp_path / "run", resume=True, reuse=reuse).path), expected)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_disk_that_fills_up_under_the_adapters_is_told_and_made_good(
+    tiny: Tiny, reuse: Reuse, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors' own error for it is none of the system's."""
+    config, fresh = tiny(**FEDPER_USER, **SHORT), RunDirectory.fresh_adapters
+
+    def full(directory: RunDirectory) -> Path:
+        folder = fresh(directory)
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").symlink_to("/dev/full")
+        return folder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "fresh_adapters", full)
+        with pytest.raises(RunDirectoryError, match=r"run: cannot be written \(No space left on device\).*--resume"):
+            simulate(config, tmp_path / "run", reuse=reuse)
+    assert_same(results(simulate(config, tmp_path / "run", resume=True, reuse=reuse).path), expected)
+
+
+def test_weights_that_are_a_pickle_are_not_loaded(random_tiny_bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_tiny_bert, tmp_path / "pickled")
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(AssetError, match=r"model\.safetensors"):
+        Backbone(str(folder))
 
 
 def test_other_errors_of_the_system_are_bugs_to_see(

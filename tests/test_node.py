@@ -19,9 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
@@ -31,16 +34,18 @@ from fedpers.cohort.layout import layout
 from fedpers.cohort.personal_store import PersonalStore
 from fedpers.config import Config, result_text
 from fedpers.data import load
-from fedpers.errors import ConfigError, DataError, LedgerError, PrivacyRefusal
+from fedpers.errors import ConfigError, DataError, LedgerError, PrivacyRefusal, RunDirectoryError
 from fedpers.experiment import build_model, prepare
 from fedpers.flower import messages as wire
 from fedpers.flower import node as node_module
-from fedpers.flower.node import configuration_hash
+from fedpers.flower.at_home import train_at_home
+from fedpers.flower.node import alone, configuration_hash
 from fedpers.flower.node_app import app
 from fedpers.flower.node_file import Limits, OwnerFile, People, UserFile, place_of, read, write_nodes
 from fedpers.flower.pinned import write_commands
 from fedpers.flower.roll import Roll
 from fedpers.flower.server_app import serve
+from fedpers.models import adapters
 from fedpers.privacy.claim import Claim
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import EACH_ITS_OWN, SHARED, Secret
@@ -158,13 +163,18 @@ def world(tiny: Callable[..., Config], tmp_path: Path) -> Make:
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
         federation = load(config, seed_key(config.seed))
-        return World(config, path, write_nodes(federation, path, folder, limits, range(USERS)), folder)
+        return World(config, path, write_nodes(federation, path, folder, limits, range(config.data.users)), folder)
 
     return make
 
 
 def in_cohort(world: World) -> tuple[Arrays, Ledger]:
     """Run the same configuration on the cohort grid, under the keys that a shared test secret gives nodes."""
+    return with_clients(world)[1:]
+
+
+def with_clients(world: World) -> tuple[Clients, Arrays, Ledger]:
+    """Do what `in_cohort` does; returns the clients, too."""
     experiment = prepare(world.config)
     model = build_model(experiment, Reporter())
     directory = RunDirectory.create(world.folder / "cohort", world.config)
@@ -173,7 +183,7 @@ def in_cohort(world: World) -> tuple[Arrays, Ledger]:
     server, clients = run_keys(KEY, result_text(world.config))
     made = Clients(world.config, experiment.plan, experiment.guarantee, model, store, clients)
     shared, ledger, _ = federate(experiment, made, directory, server, Reporter())
-    return shared, ledger
+    return made, shared, ledger
 
 
 def sent_arrays(reply: Message) -> Arrays:
@@ -258,6 +268,13 @@ def test_a_server_that_stopped_goes_on_with_the_next_round(world: Make) -> None:
     assert done is not None
     for name, array in expected.items():
         np.testing.assert_allclose(done.shared[name], array, rtol=0, atol=1e-5)
+
+
+def test_two_servers_do_not_run_in_one_directory(world: Make) -> None:
+    here = world()
+    with alone(here.folder / "server"), pytest.raises(RunDirectoryError, match="another process works on it"):
+        here.serve(here.nodes)
+    assert not (here.folder / "server").exists()
 
 
 # The node's own secret, ledger, claim and state
@@ -401,6 +418,35 @@ def test_a_server_stopped_between_line_and_checkpoint_says_so(world: Make, monke
     with pytest.raises(LedgerError, match=r"between its line for round 1 and its checkpoint"):
         here.serve(nodes)
     assert len(nodes.seen) == asked
+
+
+@pytest.mark.parametrize("method", ["fedper", "fedavg-finetune"])
+def test_a_node_trains_at_home_what_a_simulation_does(world: Make, method: str) -> None:
+    """From the state of its rounds, and without a release."""
+    here = world(shared=True, method=method)
+    here.serve(here.nodes)
+    clients, shared, _ = with_clients(here)
+    ((_, expected),) = clients.finish([0], shared, clients.store)
+    before = files(here.state())
+    found = train_at_home(here.files[0], here.folder / "server", here.folder / "own")
+    assert set(found) == {"own", "shared"}
+    assert files(here.state()) == before
+    arrays = adapters.load(here.folder / "own")
+    assert set(arrays) == set(expected)
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, expected[name][0].numpy(), rtol=0, atol=1e-5)
+    with pytest.raises(RunDirectoryError, match="choose a new directory"):
+        train_at_home(here.files[0], here.folder / "server", here.folder / "own")
+
+
+def test_at_home_another_run_or_nothing_to_train_is_told(world: Make) -> None:
+    here, other, plain = world(method="fedper"), world(method="fedavg-finetune"), world(method="fedavg")
+    other.serve(other.nodes)
+    with pytest.raises(RunDirectoryError, match="not the run that this node takes part in"):
+        train_at_home(here.files[0], other.folder / "server", here.folder / "own")
+    with pytest.raises(ConfigError, match="keeps nothing personal"):
+        train_at_home(plain.files[0], other.folder / "server", here.folder / "own")
+    assert not (here.folder / "own").exists()
 
 
 # A hostile server
@@ -699,6 +745,44 @@ def test_seats_go_by_position_and_are_kept(world: Make) -> None:
         replies = roll.send_and_receive([one])
         expected = [wire.FIRST_NODE + user] if user == 2 else []
         assert [reply.metadata.src_node_id for reply in replies] == expected
+
+
+@dataclass
+class Keyed(Nodes):
+    """Nodes whose keys the SuperLink tells."""
+
+    keys: list[bytes] = field(default_factory=list)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        pairs = zip(self.numbers, self.keys, strict=True)
+        return [NodeInfo(node_id=number, public_key=key) for number, key in pairs]
+
+
+def _ssh(pem: bytes) -> str:
+    return load_pem_public_key(pem).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def test_a_seat_is_its_keys(world: Make) -> None:
+    """A node with another key that claims a user's seat gets none, and whoever has the key keeps it."""
+    here = world()
+    keys = [public_key_to_bytes(generate_key_pairs()[1]) for _ in range(USERS + 1)]
+    stranger, first, second = keys[3], keys[0], keys[1]
+    nodes = Keyed([here.files[0], *here.files[:2]], keys=[stranger, first, second])
+    roll = Roll(nodes, USERS, patience=0.0, keys=[f"{_ssh(key)} of a user" for key in keys[:USERS]])
+    message = here.message()
+    for user, answers in enumerate((True, True, False)):
+        one = copy.deepcopy(message)
+        one.metadata.dst_node_id = wire.FIRST_NODE + user
+        assert [reply.metadata.src_node_id for reply in roll.send_and_receive([one])] == [
+            wire.FIRST_NODE + user
+        ] * answers
+    assert [(sent.metadata.message_type, sent.metadata.dst_node_id) for sent, _ in nodes.seen] == [
+        ("train", 4001),
+        ("train", 7001),
+    ]
+    for wrong in ([_ssh(first)] * USERS, [_ssh(first), _ssh(second)], ["ssh-rsa AAAA", *map(_ssh, keys[:2])]):
+        with pytest.raises(DataError, match=r"one key for each user|a key that is none"):
+            Roll(nodes, USERS, patience=0.0, keys=wrong)
 
 
 @pytest.mark.parametrize("answer", [{"position": 3}, {"position": -1}, {"position": 0.0}, {"other": 1}, {}])

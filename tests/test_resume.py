@@ -437,6 +437,7 @@ class Program:
 
     def __init__(self, folder: Path, configs: dict[str, Config]) -> None:
         self.folder = folder
+        self.seconds: dict[str, float] = {}  # that an undisturbed run takes
         self._whole: dict[str, dict[str, bytes]] = {}
         for name, config in configs.items():
             text = dump_config(config).replace("privacy:\n", f"privacy:\n  secret: {config.privacy.secret}\n")
@@ -449,9 +450,12 @@ class Program:
         assert self._answer() == "ready"
 
     def run(
-        self, name: str, out: Path, *options: str, until: Path | None = None, stop: int = signal.SIGKILL
-    ) -> tuple[int, str]:
-        """Run a configuration, stopped as soon as the file `until` is new or another; returns exit code and output."""
+        self, name: str, out: Path, *options: str, until: Path | None = None, after: float | None = None,
+        stop: int = signal.SIGKILL,
+    ) -> tuple[int, str]:  # fmt: skip
+        """Run a configuration, stopped as soon as the file `until` is new or another, or `after` some seconds; returns
+        exit code and output.
+        """
         log = self.folder / "log"
         log.unlink(missing_ok=True)
         before = _state(until)
@@ -464,7 +468,9 @@ class Program:
             over = out / "summary.json"
             while _state(until) in {None, before} and not over.exists() and time.monotonic() < deadline:
                 time.sleep(0.0005)
-            time.sleep(DELAYS.choice([0, 0.002, 0.02]))
+            after = DELAYS.choice([0, 0.002, 0.02])
+        if after is not None:
+            time.sleep(after)
             os.kill(pid, stop)
         self._tell("wait for its end")
         return int(self._answer()), log.read_text() if log.exists() else ""
@@ -472,7 +478,9 @@ class Program:
     def uninterrupted(self, name: str) -> dict[str, bytes]:
         """Results of a run in a process of its own that nothing stops."""
         if name not in self._whole:
+            began = time.monotonic()
             assert self.run(name, self.folder / name)[0] == 0
+            self.seconds[name] = time.monotonic() - began
             self._whole[name] = results(self.folder / name)
         return self._whole[name]
 
@@ -546,6 +554,29 @@ def test_kill_nine_again_and_again(name: str, program: Program, tmp_path: Path) 
     code, output = program.run(name, place, "--resume")
     assert code == 0, output
     assert_same(results(place), program.uninterrupted(name))
+
+
+@pytest.mark.slow
+def test_kill_nine_at_twenty_random_moments(program: Program, tmp_path: Path) -> None:
+    """The clock alone says where. A run that comes to its end all the same is compared, and another takes its place."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    moments, kills, run = random.Random(seed), 0, 0
+    expected = program.uninterrupted("fedper")
+    while kills < 20:
+        place = tmp_path / str(run)
+        # Not up to the end: what comes after the rounds is begun anew each time, and is seldom all done before a kill.
+        after = moments.uniform(0, 0.7 * program.seconds["fedper"])
+        code, output = program.run("fedper", place, "--resume", after=after)
+        assert code in {-signal.SIGKILL, 0}, output
+        kills += code == -signal.SIGKILL
+        if code == 0:
+            assert_same(results(place), expected)
+            run += 1
+            assert run < 20, f"after {kills} kills"
+    code, output = program.run("fedper", place, "--resume")
+    assert code == 0, output
+    assert_same(results(place), expected)
 
 
 @pytest.mark.slow

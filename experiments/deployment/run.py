@@ -63,17 +63,18 @@ def main() -> None:
     federation = load(config, seed_key(config.seed))
     if args.ray:
         nodes = f"num-supernodes={len(federation.users)} client-resources-num-cpus=1"
-        with superlink(out, ["--insecure", "--simulation"], "insecure = true") as home:
+        with superlink(out, ["--insecure", "--simulation"], "insecure = true") as (home, _):
             run(args, out, home, ["--federation-config", nodes])
         return
     limits = Limits.model_validate(read_tree(args.limits)) if args.limits else Limits()
-    files = write_nodes(federation, args.config, out / "nodes", limits, range(min(args.users, len(federation.users))))
-    write_commands(out / "bin")
+    users = range(min(args.users, len(federation.users)))
     keys = out / "certificates"
-    certificates(keys, nodes=len(files))
+    shown = certificates(keys, nodes=len(users))
+    files = write_nodes(federation, args.config, out / "nodes", limits, users, shown)
+    write_commands(out / "bin")
     tls = ["--ssl-ca-certfile", keys / "ca.pem", "--ssl-certfile", keys / "server.pem", "--ssl-keyfile"]
     secure = [*tls, keys / "server.key", "--enable-supernode-auth"]
-    with superlink(out, secure, f'root-certificates = "{keys / "ca.pem"}"') as home, ExitStack() as stack:
+    with superlink(out, secure, f'root-certificates = "{keys / "ca.pem"}"') as (home, _), ExitStack() as stack:
         for place, (file, port) in enumerate(zip(files, free_ports(len(files)), strict=True)):
             call(["supernode", "register", keys / f"node{place}.pub", "here"], home)
             stack.enter_context(supernode(out, place, file, address(home), port))
@@ -81,17 +82,19 @@ def main() -> None:
 
 
 @contextmanager
-def superlink(out: Path, flags: Sequence[object], connection: str) -> Iterator[Path]:
-    """Start a SuperLink; yields the Flower directory in which it is known as `here`."""
-    home, port = out / "flower" / "server", free_ports(1)[0]
-    home.mkdir(parents=True)
+def superlink(
+    out: Path, flags: Sequence[object], connection: str, port: int | None = None
+) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """Start a SuperLink; yields the Flower directory in which it is known as `here`, and its process."""
+    home, port = out / "flower" / "server", port or free_ports(1)[0]
+    home.mkdir(parents=True, exist_ok=True)
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{HOST}:{port}"\n{connection}\n', encoding="utf-8"
     )
     link = [BIN / "flower-superlink", *flags, "--host", HOST, "--port", port]
-    with started(link, home, out / "logs" / "superlink.log"):
+    with started(link, home, out / "logs" / "superlink.log") as process:
         wait_for(port)
-        yield home
+        yield home, process
 
 
 def address(home: Path) -> str:
@@ -99,7 +102,9 @@ def address(home: Path) -> str:
     return str(tomllib.loads((home / "config.toml").read_text(encoding="utf-8"))["superlink"]["here"]["address"])
 
 
-def supernode(out: Path, place: int, file: Path, link: str, port: int) -> AbstractContextManager[None]:
+def supernode(
+    out: Path, place: int, file: Path, link: str, port: int
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """Start the SuperNode of an owner's file, whose own app answers whatever the server hands over."""
     keys = out / "certificates"
     node = [
@@ -126,16 +131,18 @@ def call(arguments: Sequence[object], home: Path, timeout: float = 60) -> None:
 
 
 @contextmanager
-def started(command: Sequence[object], home: Path, log: Path, first_on_path: Path | None = None) -> Iterator[None]:
+def started(
+    command: Sequence[object], home: Path, log: Path, first_on_path: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process with a Flower directory of its own, and end it and its children afterwards."""
     home.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file:
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             [str(one) for one in command], env=environment(home, first_on_path), stdout=file, stderr=file
         )
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         try:
@@ -172,8 +179,10 @@ def wait_for(port: int, seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def certificates(folder: Path, nodes: int, hosts: Sequence[str] = (HOST,)) -> None:
-    """Write a throw-away certificate authority, the server's certificate, and a pair of keys for each SuperNode."""
+def certificates(folder: Path, nodes: int, hosts: Sequence[str] = (HOST,)) -> list[str]:
+    """Write a throw-away certificate authority, the server's certificate, and a pair of keys for each SuperNode;
+    returns their public keys.
+    """
     folder.mkdir(mode=0o700)
     now = datetime.datetime.now(datetime.UTC)
     authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
@@ -207,11 +216,14 @@ def certificates(folder: Path, nodes: int, hosts: Sequence[str] = (HOST,)) -> No
     private(folder / "server.key", server.private_bytes(pem, serialization.PrivateFormat.PKCS8, none))
     (folder / "ca.pem").write_bytes(certificate("fedpers throw-away CA", authority, ca=True).public_bytes(pem))
     (folder / "server.pem").write_bytes(certificate("superlink", server, ca=False).public_bytes(pem))
+    shown = []
     for place in range(nodes):
         key = ec.generate_private_key(ec.SECP384R1())
         private(folder / f"node{place}", key.private_bytes(pem, serialization.PrivateFormat.OpenSSH, none))
-        shown = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        (folder / f"node{place}.pub").write_bytes(shown)
+        line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        (folder / f"node{place}.pub").write_bytes(line)
+        shown.append(line.decode("ascii"))
+    return shown
 
 
 def private(path: Path, content: bytes) -> None:

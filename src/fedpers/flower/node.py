@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,12 +26,13 @@ from fedpers.cohort.clients import Clients
 from fedpers.cohort.layout import layout
 from fedpers.cohort.personal_store import OwnStore
 from fedpers.config import Config, result_text
-from fedpers.errors import PrivacyRefusal
+from fedpers.errors import PrivacyRefusal, RunDirectoryError
 from fedpers.experiment import Experiment, build_model, prepare
 from fedpers.flower import messages as wire
 from fedpers.flower.client_app import measured, trained
 from fedpers.flower.node_file import Limits, Place
-from fedpers.privacy.claim import TUNING, Claim, claim_from
+from fedpers.privacy.claim import TUNING, Claim
+from fedpers.privacy.claiming import claim_from
 from fedpers.privacy.guarantee import Guarantee
 from fedpers.privacy.ledger import Ledger, release_hash
 from fedpers.privacy.ledger_lines import EACH_ITS_OWN, SHARED, Release, Secret
@@ -87,7 +89,7 @@ def train(message: Message, place: Place) -> Message:
     """
     number, configuration = wire.asked(message)
     experiment = _experiment(place, configuration)
-    with _alone(place.state):
+    with alone(place.state):
         node = Node(experiment, place)
         coming = node.check(number)
         shared = wire.read_arrays(message, node.clients.layout.broadcast())
@@ -108,7 +110,7 @@ def evaluate(message: Message, place: Place) -> Message:
     experiment = _experiment(place, configuration)
     if own_guarantee(experiment.guarantee).unit != "none":
         return wire.metrics_reply(message, {})
-    with _alone(place.state):
+    with alone(place.state):
         node = Node(experiment, place)
         shared = wire.read_arrays(message, node.clients.layout.broadcast())
         return measured(node.clients, [place.position], [message], shared, True)[0]
@@ -243,12 +245,24 @@ def _client_key(directory: RunDirectory, place: Place) -> bytes:
 
 
 @contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Answer one message at a time, and let nobody else read what is written."""
+def alone(state: Path, patience: float = math.inf) -> Iterator[None]:
+    """Be the only process that works on a directory, and let nobody else read what is written.
+
+    Raises:
+        RunDirectoryError: another one still does after `patience` seconds.
+    """
     state.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(state.with_name(f"{state.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise RunDirectoryError(f"{state}: another process works on it; end that one first.") from error
+                time.sleep(0.05)
         before = os.umask(
             0o077
         )  # under the lock: it is the whole process's, and threads would leave each other's behind

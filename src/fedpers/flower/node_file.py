@@ -86,6 +86,7 @@ class People(Section):
 
     source: str
     users: tuple[str, ...] = Field(min_length=1)  # pseudonyms will do; a user's place on the list is its position
+    keys: tuple[str, ...] = ()  # their nodes' public keys (OpenSSH), in the same order; without, nodes are believed
     pool: tuple[Text, ...] = ()
     pool_authors: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
@@ -166,7 +167,9 @@ def place_of(path: Path) -> Place:
     return Place(load_config(folder / owner.config), federation, position, folder / owner.state, owner.limits)
 
 
-def write_nodes(federation: Federation, config: Path, folder: Path, limits: Limits, users: Sequence[int]) -> list[Path]:
+def write_nodes(
+    federation: Federation, config: Path, folder: Path, limits: Limits, users: Sequence[int], keys: Sequence[str] = ()
+) -> list[Path]:
     """Write the public list, and for each of these users a folder of a node's own; returns the owners' files.
 
     It stands in for what in real life each user's machine has by itself. The nodes keep their state in `state`.
@@ -174,6 +177,7 @@ def write_nodes(federation: Federation, config: Path, folder: Path, limits: Limi
     people = People(
         source=federation.source,
         users=tuple(federation.users[user] for user in users),
+        keys=tuple(keys),
         pool=tuple(Text(id=one.id, conversation=one.conversation, text=one.text) for one in federation.pool),
         pool_authors=tuple(sorted(federation.pool_authors)),
         facts=federation.facts,

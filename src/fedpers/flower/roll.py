@@ -8,27 +8,37 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Message, Metadata, RecordDict
 from flwr.app.message import make_message
 
+from fedpers.errors import DataError
 from fedpers.flower import messages as wire
 
 
 class Roll:
     """A Flower grid whose node FIRST_NODE + position is whichever node says that it acts for the user there.
 
-    A node keeps the first seat that it takes while it is online; a second one that claims the same seat gets none, and
-    a user whose node is not there is as one who does not answer. With SuperNode authentication a node is who it was
-    registered as, and then it can lie about its seat alone, which no claim hangs on.
+    Where the public list holds the nodes' keys, a seat is its key's, as the SuperLink tells it of each node, and nobody
+    else can take it. Else a node is believed: it keeps the first seat that it takes while it is online, and a second
+    one that claims the same seat gets none. A user whose node is not there is as one who does not answer.
 
     Args:
         grid: the way to the nodes.
         users: how many are registered.
         patience: seconds to wait for a node that is not there, and for its answer who it is.
+        keys: the users' nodes' public keys, in the order of the list.
+
+    Raises:
+        DataError: keys that are not one for each user, each another.
     """
 
-    def __init__(self, grid: Any, users: int, patience: float) -> None:
+    def __init__(self, grid: Any, users: int, patience: float, keys: Sequence[str] = ()) -> None:
         self.grid, self.users, self.patience = grid, users, patience
+        self._places = {_pem(key): place for place, key in enumerate(keys)}
+        if keys and not len(self._places) == len(keys) == users:
+            raise DataError("the public list of people has to hold one key for each user, each another, or no keys.")
         self._seats: dict[int, int] = {}  # user's position -> node
         self._strangers: set[int] = set()
 
@@ -37,7 +47,10 @@ class Roll:
         return list(range(wire.FIRST_NODE, wire.FIRST_NODE + self.users))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Send to the users' nodes that are there; returns their answers, as from FIRST_NODE + position."""
+        """Send to the users' nodes that are there; returns their answers, as from FIRST_NODE + position.
+
+        What answers another message than this one is too late, and no answer.
+        """
         wanted = {message.metadata.dst_node_id - wire.FIRST_NODE: message for message in messages}
         if not wanted:
             return []
@@ -50,20 +63,32 @@ class Roll:
         return [
             _renamed(reply, wire.FIRST_NODE + users[reply.metadata.src_node_id])
             for reply in replies
-            if reply.metadata.src_node_id in there
+            if (asked := there.get(reply.metadata.src_node_id)) is not None
+            and reply.metadata.reply_to_message_id == asked.metadata.message_id  # which the grid gave it
         ]
 
     def call(self, users: Sequence[int]) -> None:
-        """Ask nodes that are new who they act for, until these users' are known or patience is over."""
+        """Find who the nodes act for, until these users' are known or patience is over."""
         deadline = time.monotonic() + self.patience
         while True:
-            online = set(self.grid.get_node_ids())
-            self._seats = {user: node for user, node in self._seats.items() if node in online}
-            if new := sorted(online - set(self._seats.values()) - self._strangers):
-                self._ask(new)
+            if self._places:
+                self._seats = {
+                    self._places[node.public_key]: node.node_id
+                    for node in self.grid.get_nodes()
+                    if node.public_key in self._places
+                }
+            else:
+                self._believe()
             if set(users) <= set(self._seats) or time.monotonic() > deadline:
                 return
             time.sleep(min(1.0, self.patience))
+
+    def _believe(self) -> None:
+        """Ask nodes that are new who they act for."""
+        online = set(self.grid.get_node_ids())
+        self._seats = {user: node for user, node in self._seats.items() if node in online}
+        if new := sorted(online - set(self._seats.values()) - self._strangers):
+            self._ask(new)
 
     def _ask(self, nodes: Sequence[int]) -> None:
         questions = [Message(RecordDict(), node, "query") for node in nodes]
@@ -74,6 +99,16 @@ class Roll:
                 self._seats[position] = node
             elif node in nodes:
                 self._strangers.add(node)
+
+
+def _pem(key: str) -> bytes:
+    """Return a public key, the line of a `.pub` file, as Flower tells it."""
+    try:
+        return load_ssh_public_key(key.encode()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise DataError(
+            "the public list of people holds a key that is none; take the lines of the nodes' .pub files."
+        ) from error
 
 
 def _position(answer: Message) -> int | None:

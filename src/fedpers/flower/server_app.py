@@ -21,10 +21,11 @@ from fedpers.cohort.saving import save_versions
 from fedpers.config import Config, load_config, result_text
 from fedpers.data import Federation, load
 from fedpers.experiment import build_model, prepare
-from fedpers.flower.node import check_away, configuration_hash, origin
+from fedpers.flower.node import alone, check_away, configuration_hash, origin
 from fedpers.flower.node_file import People, read
 from fedpers.flower.roll import Roll
-from fedpers.privacy.claim import TUNING, Claim, claim_from
+from fedpers.privacy.claim import TUNING, Claim
+from fedpers.privacy.claiming import claim_from
 from fedpers.privacy.randomness import run_keys, seed_key
 from fedpers.reporting import PlainReporter
 from fedpers.rounds import Road, federate
@@ -55,36 +56,39 @@ def serve(grid: Any, settings: Mapping[str, Any]) -> Claim:
     """
     config = load_config(str(settings["config"]))
     reporter = PlainReporter(Console())
-    federation = _people(config, str(settings.get("people", "")))
+    federation, keys = _people(config, str(settings.get("people", "")))
     experiment = prepare(config, federation=federation)
     check_away(experiment)
     out = Path(str(settings["out"]))
-    directory = RunDirectory(out)
-    directory = (RunDirectory.reopen if directory.started else RunDirectory.create)(out, config)
-    unmeasured = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": 0})})
-    experiment = replace(experiment, config=unmeasured)
-    model = build_model(experiment, reporter)
-    store = PersonalStore(directory.private / "rounds", 1, {})  # personal state is where its user is
-    clients = Clients(unmeasured, experiment.plan, experiment.guarantee, model, store, b"")
-    secret = origin(directory, config)
-    roll = Roll(grid, len(federation.users), float(settings.get("patience", 60)))
-    road = Road(
-        roll, {"configuration": configuration_hash(config, secret)}, secret, float(settings.get("timeout", 600))
-    )
-    server_key, _ = run_keys(directory.secret(), result_text(config))
-    shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, road=road)
-    claim = claim_from(
-        ledger, expected_rounds=len(history), excluded=[ANSWERS, TUNING, *federation.facts], population_note=ROADS
-    )
-    if shared:
-        save_versions(model, clients.layout, directory.fresh_adapters(), shared)
-    directory.write_text("claim.json", claim.to_json())
-    reporter.message(claim.sentence)
-    return claim
+    patience = float(settings.get("patience", 60))
+    with alone(out, patience):  # a server whose SuperLink was stopped may need some time to end
+        directory = RunDirectory(out)
+        directory = (RunDirectory.reopen if directory.started else RunDirectory.create)(out, config)
+        unmeasured = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": 0})})
+        experiment = replace(experiment, config=unmeasured)
+        model = build_model(experiment, reporter)
+        store = PersonalStore(directory.private / "rounds", 1, {})  # personal state is where its user is
+        clients = Clients(unmeasured, experiment.plan, experiment.guarantee, model, store, b"")
+        secret = origin(directory, config)
+        roll = Roll(grid, len(federation.users), patience, keys)
+        road = Road(
+            roll, {"configuration": configuration_hash(config, secret)}, secret, float(settings.get("timeout", 600))
+        )
+        server_key, _ = run_keys(directory.secret(), result_text(config))
+        shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, road=road)
+        claim = claim_from(
+            ledger, expected_rounds=len(history), excluded=[ANSWERS, TUNING, *federation.facts], population_note=ROADS
+        )
+        if shared:
+            save_versions(model, clients.layout, directory.fresh_adapters(), shared)
+        directory.write_text("claim.json", claim.to_json())
+        reporter.message(claim.sentence)
+        return claim
 
 
-def _people(config: Config, path: str) -> Federation:
-    """Return who is registered, with nobody's records."""
+def _people(config: Config, path: str) -> tuple[Federation, tuple[str, ...]]:
+    """Return who is registered, with nobody's records, and their nodes' keys."""
     if path:
-        return read(People, Path(path)).federation()
-    return load(config, seed_key(config.seed)).of(())
+        people = read(People, Path(path))
+        return people.federation(), people.keys
+    return load(config, seed_key(config.seed)).of(()), ()
