@@ -441,9 +441,15 @@ def test_a_node_trains_at_home_what_a_simulation_does(world: Make, method: str) 
 
 def test_at_home_another_run_or_nothing_to_train_is_told(world: Make) -> None:
     here, other, plain = world(method="fedper"), world(method="fedavg-finetune"), world(method="fedavg")
-    other.serve(other.nodes)
-    with pytest.raises(RunDirectoryError, match="not the run that this node takes part in"):
-        train_at_home(here.files[0], other.folder / "server", here.folder / "own")
+    like = world(method="fedper", personal={"epochs": 2})  # the same arrays, made in another way
+    for one in (other, like):
+        one.serve(one.nodes)
+    with pytest.raises(RunDirectoryError, match="has been in no round"):
+        train_at_home(here.files[0], like.folder / "server", here.folder / "own")
+    here.serve(here.nodes)
+    for one in (other, like):
+        with pytest.raises(RunDirectoryError, match="not the run that this node takes part in"):
+            train_at_home(here.files[0], one.folder / "server", here.folder / "own")
     with pytest.raises(ConfigError, match="keeps nothing personal"):
         train_at_home(plain.files[0], other.folder / "server", here.folder / "own")
     assert not (here.folder / "own").exists()

@@ -158,8 +158,22 @@ def contents(path: Path) -> bytes:
     data = path.read_bytes()
     if data.startswith(b"\x89PNG"):
         with Image.open(path) as picture:
-            return repr(picture.info).encode() + picture.tobytes()
+            plain = b"".join(chunk for name, chunk in chunks(data) if name != b"IDAT")
+            return plain + repr(picture.info).encode() + picture.tobytes()
     return data + repr(pq.read_table(path).to_pydict()).encode() if path.suffix == ".parquet" else data
+
+
+def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The chunks of a PNG file by name, and what follows its end."""
+    at = 8
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        name = data[at + 4 : at + 8]
+        yield name, data[at + 8 : at + 8 + length]
+        at += length + 12
+        if name == b"IEND":
+            yield b"", data[at:]
+            return
 
 
 # A run that is watched

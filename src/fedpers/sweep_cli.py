@@ -84,11 +84,15 @@ def _tables(results: pa.Table) -> Iterator[Table]:
     means = {row["hash"]: row["own_mean"] for row in results.to_pylist()}
     for data, found in settings(results).items():
         levels = levels_of(found)
-        alone = {means[one] for setting in found for one in setting.baselines if one in means}
+        baselines = dict.fromkeys(one for setting in found for one in setting.baselines)
+        alone = [means[one] for one in baselines if one in means]
+        trusts = sorted({str(run["trust"]) for one in found for run in one.runs} - {"none"})
+        notes = [f"training at home alone: {fmean(alone):.3f}, nothing released"] if alone else []
+        notes += [f"trust: {', '.join(trusts)}"] if trusts else []
         table = Table(
             box=SIMPLE,
             title=escape(f"{data}: {found[0].metric} of own models, mean over {seeds(found)}"),
-            caption=f"training at home alone: {fmean(alone):.3f}, nothing released" if alone else None,
+            caption=escape("; ".join(notes)),
         )
         table.add_column("method", no_wrap=True)
         for level in levels:

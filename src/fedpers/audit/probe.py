@@ -114,13 +114,13 @@ def _record_sensitivity(bench: Bench) -> list[Finding]:
                 train[user] = train[user][train[user] != row]
                 clients = bench.clients(quiet, phases=phases, examples=replace(examples, train=tuple(train)))
                 change = np.linalg.norm(_one_step(bench, clients, phase, number) - whole, axis=1) / clip
-                own, others = max(own, change[user]), max(others, *np.delete(change, user))
+                own, others = _largest(own, change[user]), _largest(others, *np.delete(change, user))
         user = len(examples.users) - 1
         world = bench.without(user, bench.experiment.federation.train[user][0])
         change = np.linalg.norm(
             _one_step(bench, bench.clients(quiet, phases=phases, world=world), phase, number) - whole, axis=1
         )
-        own, others = max(own, change[user] / clip), max(others, *(np.delete(change, user) / clip))
+        own, others = _largest(own, change[user] / clip), _largest(others, *(np.delete(change, user) / clip))
         what = f"{phase}"
         found += [
             check("sensitivity of one record", "record", what, 1.0, own,
@@ -204,7 +204,7 @@ def _user_sensitivity(bench: Bench) -> list[Finding]:
         less = bench.rounds(bench.clients(quiet, **changed), 1, start=start, first=bench.busy)
         assert everyone.releases[0].clip is not None
         scale = guarantee.denominator / everyone.releases[0].clip if summed else 1 / everyone.releases[0].clip
-        moved = max(moved, scale * _distance(everyone, less, summed))
+        moved = _largest(moved, scale * _distance(everyone, less, summed))
         if guarantee.trust == "user-central":
             multiplier = everyone.releases[0].noise_multiplier
             if everyone.releases[0].bit_noise is not None:
@@ -215,7 +215,7 @@ def _user_sensitivity(bench: Bench) -> list[Finding]:
                 again = bench.rounds(moved_on, 1, start=start, shift=shift, first=bench.busy)
                 step = np.linalg.norm(flat(everyone.broadcasts[1]) - flat(start))
                 gap = np.linalg.norm(flat(again.broadcasts[1]) - flat(everyone.broadcasts[1]))
-                coupled = max(coupled, float(gap / step))
+                coupled = _largest(coupled, float(gap / step))
     found = [
         check("sensitivity of one user", "user", "sum" if summed else "reply", allowed, moved,
                  "Largest change when one user has no records any more, in clips, everything else being equal."),
@@ -229,12 +229,17 @@ def _user_sensitivity(bench: Bench) -> list[Finding]:
     return found
 
 
+def _largest(*values: float) -> float:
+    """Return the largest, and no number where one is none: Python's `max` would pass over it."""
+    return float(np.max(values))
+
+
 def _distance(everyone: Trace, less: Trace, summed: bool) -> float:
     """How far one round's clean mean, or any single reply, moved."""
     if summed:
         return float(np.linalg.norm(flat(everyone.clean[0]) - flat(less.clean[0])))
     replies = zip(everyone.replies[0].values(), less.replies[0].values(), strict=True)
-    return max(float(np.linalg.norm(flat(one) - flat(other))) for one, other in replies)
+    return _largest(*(float(np.linalg.norm(flat(one) - flat(other))) for one, other in replies))
 
 
 def _difference(one: Arrays, other: Arrays, scale: float) -> dict[str, NDArray[np.float64]]:

@@ -51,6 +51,8 @@ class CohortLinear(nn.Module):
         """Map x (records, ..., in) to (records, ..., out)."""
         # index_select, not weight[owners]: the latter's backward is not deterministic on a CPU.
         weight = self.weight.index_select(0, self.owners.index)
+        if len(weight) != len(x):  # which a product would spread over all of them
+            raise RuntimeError(f"{len(x)} records and the owners of {len(weight)}")
         if x.dim() == 2 and self.out_features == 1:  # a fifth of the time of as many products of two vectors
             return (weight.squeeze(1) * x).sum(dim=1, keepdim=True)
         flat = x.reshape(len(x), -1, self.in_features)

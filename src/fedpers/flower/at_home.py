@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from fedpers.cohort.saving import save_shared
+from fedpers.config import Config
 from fedpers.errors import ConfigError, FedpersError, RunDirectoryError
 from fedpers.evaluation import models as evaluation
 from fedpers.experiment import prepare
@@ -22,6 +24,8 @@ from fedpers.flower import messages as wire
 from fedpers.flower.node import Node, alone
 from fedpers.flower.node_file import place_of
 from fedpers.models.array_names import base_name
+from fedpers.models.backbone import public_name
+from fedpers.run_directory import RunDirectory
 
 
 def train_at_home(file: Path, run: Path, out: Path) -> dict[str, dict[str, float]]:
@@ -38,11 +42,16 @@ def train_at_home(file: Path, run: Path, out: Path) -> dict[str, dict[str, float
     experiment = prepare(place.config, federation=place.federation)
     if not experiment.plan.personal:
         raise ConfigError(f"method {place.config.method!r} keeps nothing personal: the shared model is everybody's.")
+    if not RunDirectory(place.state).started:
+        raise RunDirectoryError(
+            f"{place.state}: this node has been in no round; name the state that it has worked with."
+        )
     given = open_run(run)
     with alone(place.state):
         clients = Node(experiment, place).clients
         sent = {name: array.shape for name, array in clients.layout.broadcast().items() if base_name(name) == name}
-        if given.config.method != place.config.method or {n: a.shape for n, a in given.wire.items()} != sent:
+        found_there = {name: array.shape for name, array in given.wire.items()}
+        if _about(given.config) != _about(place.config) or found_there != sent:
             raise RunDirectoryError(f"{run}: not the run that this node takes part in; name that one.")
         ((_, own),) = clients.finish([place.position], given.wire, clients.store)
     if clients.nonfinite_updates:
@@ -59,6 +68,14 @@ def train_at_home(file: Path, run: Path, out: Path) -> dict[str, dict[str, float
     }
     found = evaluation.measure(clients.model, [place.position], kinds)
     return {kind: found.per_user(experiment.task, kind)[0] for kind in kinds}
+
+
+def _about(config: Config) -> dict[str, Any]:
+    """What node and server must have alike for the model at home to be what the run is about, but for folders."""
+    sections = {"method", "options", "share", "task", "model", "personal"}
+    tree = config.model_dump(mode="json", include=sections)
+    tree["model"]["backbone"] = public_name(tree["model"]["backbone"])
+    return tree
 
 
 def main() -> None:

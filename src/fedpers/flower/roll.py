@@ -4,6 +4,7 @@ the public list, so that who is drawn does not hang on them.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -58,6 +59,8 @@ class Roll:
         there = {self._seats[user]: message for user, message in wanted.items() if user in self._seats}
         for node, message in there.items():
             message.metadata.dst_node_id = node
+            # Flower does not hold an answer's sender against its key: what is answered must not be guessed by others.
+            message.metadata.group_id = secrets.token_hex(16)
         users = {node: user for user, node in self._seats.items()}
         replies = self.grid.send_and_receive(list(there.values()), timeout=timeout) if there else []
         return [

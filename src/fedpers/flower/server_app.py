@@ -32,6 +32,7 @@ from fedpers.rounds import Road, federate
 from fedpers.run_directory import RunDirectory
 
 ANSWERS = "what nodes answer to evaluation messages, where their owners allow it; this server sends none"
+OPERATORS = "whoever may start runs on this SuperLink: they are the server"
 ROADS = "Where nodes protect what they send, each goes by its own copy of the configuration and by its own ledger."
 
 app = ServerApp()
@@ -77,7 +78,10 @@ def serve(grid: Any, settings: Mapping[str, Any]) -> Claim:
         server_key, _ = run_keys(directory.secret(), result_text(config))
         shared, ledger, history = federate(experiment, clients, directory, server_key, reporter, road=road)
         claim = claim_from(
-            ledger, expected_rounds=len(history), excluded=[ANSWERS, TUNING, *federation.facts], population_note=ROADS
+            ledger,
+            expected_rounds=len(history),
+            population_note=ROADS,
+            excluded=[ANSWERS, OPERATORS, TUNING, *federation.facts],
         )
         if shared:
             save_versions(model, clients.layout, directory.fresh_adapters(), shared)

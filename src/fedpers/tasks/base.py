@@ -173,4 +173,4 @@ def gather(embedded: Tensor, candidates: NDArray[np.int64]) -> Tensor:
     """Return the embeddings (rows, candidates, width) that the candidates point to."""
     # index_select copies whole rows, which indexing does number by number.
     rows = embedded.index_select(0, torch.from_numpy(candidates.reshape(-1)))
-    return rows.reshape(*candidates.shape, -1)
+    return rows.reshape(*candidates.shape, embedded.shape[-1])
