@@ -193,7 +193,7 @@ def test_many_nodes_and_many_rounds(world: Make, tmp_path: Path) -> None:
             assert counts == dict.fromkeys(range(1, here.config.rounds + 1), users)
             assert claim.rounds == here.config.rounds
             assert 0 < claim.epsilon <= USER_CENTRAL["epsilon"]
-            assert [line.clients for line in ledger.releases] == [list(range(users))] * here.config.rounds
+            assert len(ledger.releases) == here.config.rounds
         print(f"(MB, open files): {sizes}; SuperLink at the end: {size(process.pid)}")
     for name, (megabytes, opened) in sizes[11].items():
         assert sizes[100][name][0] - megabytes < 20, name
