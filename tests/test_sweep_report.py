@@ -152,7 +152,7 @@ def test_every_claim_is_there_once_and_in_words(page: str, swept: Path, grid: Gr
     assert len(private) == 4
     assert len({claim.sentence for claim in private}) == 1
     assert private[0].sentence in text(blocks[0])
-    assert "4 runs: user-level" in text(blocks[0])
+    assert "4 runs on synthetic: user-level" in text(blocks[0])
     for name, claim in found.items():
         (row,) = re.findall(rf'<tr><th scope="row">{name}</th>(.*?)</tr>', said, re.DOTALL)
         shown = "∞" if math.isinf(claim.epsilon) else rounded_up(claim.epsilon)
@@ -171,14 +171,14 @@ def test_claims_that_differ_in_epsilon_alone_stand_together(swept: Path, grid: G
     low, high = other(1.5), other(4.25)
     server = one.sentence.replace("the server (trusted: it sees raw updates)", "somebody else")
     away = other(4.25, sentence=server.replace(rounded_up(one.epsilon), "4.25"))
-    found = sweep_page._promises({"a": high, "b": low, "c": away})
+    found = sweep_page._promises({"a": high, "b": low, "c": away}, dict.fromkeys("abc", "synthetic"))
     assert [list(group.claims) for group in found] == [["a", "b"], ["c"]]
     assert f"ε = … and δ = {DELTA:g} for one user" in found[0].sentence
     assert "(for one record ε = … at the same δ)" in found[0].sentence
     assert "ε from 1.50 to 4.25" in found[0].label
     assert found[1].sentence == away.sentence
     delta = other(1.5, sentence=low.sentence.replace(f"δ = {DELTA:g}", "δ = 0.002"))
-    assert len(sweep_page._promises({"a": high, "b": delta})) == 2
+    assert len(sweep_page._promises({"a": high, "b": delta}, dict.fromkeys("ab", "synthetic"))) == 2
 
 
 def test_all_private_runs_are_added_up_and_those_without_noise_void_it(page: str, swept: Path, grid: Grid) -> None:

@@ -21,7 +21,7 @@ from fedpers.figures.style import new_figure, wrap
 from fedpers.sweep.points import Panel, Point
 from fedpers.sweep.settings import seeds
 
-MOST_MARKS = 5000  # above this many users a random sample of them is drawn
+MOST_MARKS = 1000  # above this many users a random sample of them is drawn
 
 
 @dataclass(frozen=True)

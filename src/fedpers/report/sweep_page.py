@@ -35,6 +35,7 @@ class Promise:
 
     sentence: str
     claims: Mapping[str, Claim]  # by the run's name
+    data: str  # names of the sources that they learn from
 
     @property
     def label(self) -> str:
@@ -126,7 +127,9 @@ def collect(path: Path, *, public: bool = False) -> SweepPage:
     return SweepPage(
         name=about["name"],
         finished=len(runs),
-        promises=_promises({name: run.claim for name, run in runs.items()}),
+        promises=_promises(
+            {name: run.claim for name, run in runs.items()}, {name: run.config.data.name for name, run in runs.items()}
+        ),
         together=together(path, lambda address: named.get(address, address)),
         results=None if public else _results(path),
         refused={name: entry["reason"] for name, entry in refused.items()},
@@ -156,15 +159,21 @@ def _read(path: Path, named: Named) -> tuple[dict[str, Run], list[Values]]:
     return runs, environments
 
 
-def _promises(claims: Mapping[str, Claim]) -> list[Promise]:
-    """Group claims that say the same up to epsilon: what is promised first, then what promises nothing."""
+def _promises(claims: Mapping[str, Claim], data: Named) -> list[Promise]:
+    """Group claims that say the same up to epsilon: what is promised first, then what promises nothing.
+
+    Args:
+        claims: by the run's name.
+        data: its source, by the same.
+    """
     groups: dict[str, dict[str, Claim]] = {}
     for name, claim in claims.items():
         groups.setdefault(_masked(claim), {})[name] = claim
     found = []
     for masked, group in groups.items():
         sentences = {claim.sentence for claim in group.values()}
-        found.append(Promise(sentences.pop() if len(sentences) == 1 else masked, group))
+        sources = ", ".join(dict.fromkeys(data[name] for name in group))
+        found.append(Promise(sentences.pop() if len(sentences) == 1 else masked, group, sources))
     return sorted(found, key=lambda one: max((not claim.rounds, claim.epsilon) for claim in one.claims.values()))
 
 
