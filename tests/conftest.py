@@ -25,7 +25,16 @@ SECRET = "5ec2e7" + "00" * 29  # a test secret: whoever reads it can subtract th
 KINDS = {
     "apfl", "fedala", "fedbabu", "feddpa", "fedex-lora", "fedper", "ifca", "pfedme", "rolora", "scaffold", "sdflora",
 }  # fmt: skip
-LONG = {"test_wheel", "test_notebook", "test_deployment", "test_sweep", "test_inversion", "test_site", "test_convert"}
+LONG = {
+    "test_load",
+    "test_wheel",
+    "test_notebook",
+    "test_deployment",
+    "test_sweep",
+    "test_inversion",
+    "test_site",
+    "test_convert",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

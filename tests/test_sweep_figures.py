@@ -357,4 +357,4 @@ def test_each_variant_has_a_printed_table_of_its_own() -> None:
                 f"{np.mean([means[f'{name} {method} {level} {seed}'] for seed in (0, 1)]):.3f}" for method in cells[0]
             ]
         alone = np.mean([means[f"{name} local {seed}"] for seed in (0, 1)])
-        assert table.caption == f"training at home alone: {alone:.3f}, nothing released; trust: user-central"
+        assert table.caption == f"training at home alone: {alone:.3f}, nothing released\ntrust: user-central"

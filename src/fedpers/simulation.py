@@ -227,6 +227,7 @@ def _train_at_home(
     def train_all(who: Clients, start: Arrays, rounds: PersonalStore | None, name: str) -> PersonalStore:
         store = directory.fresh_store(name, everybody, model.initial_of(who.plan.personal))
         done = 0
+        reporter.stage(f"training at home ({name})", done, len(users))
         for cohort, parameters in who.finish(users, start, rounds):
             store.stage(cohort, {name: parameters[name] for name in store.arrays})
             store.apply(*store.drain())
@@ -278,4 +279,4 @@ def _people(experiment: Experiment) -> str:
     if task.name == "rating" and not {"low", "high"} <= task.model_fields_set:
         scale = f"; ratings are taken to go from {task.low:g} to {task.high:g} (task.low, task.high)"
     people = f"{len(federation.users)} users of {federation.source}"
-    return f"{people}: {train} training and {test} test records ({skipped}){scale}"
+    return f"{people}: {train} training and {test} test records{f' ({skipped})' if skipped else ''}{scale}"

@@ -92,7 +92,7 @@ def _tables(results: pa.Table) -> Iterator[Table]:
         table = Table(
             box=SIMPLE,
             title=escape(f"{data}: {found[0].metric} of own models, mean over {seeds(found)}"),
-            caption=escape("; ".join(notes)),
+            caption=escape("\n".join(notes)),
         )
         table.add_column("method", no_wrap=True)
         for level in levels:

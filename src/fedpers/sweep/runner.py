@@ -114,6 +114,8 @@ def _check(grid: Grid, out: Path, reuse: Reuse, reporter: Reporter) -> tuple[pla
     refused: place.Entries = {}
     groups: dict[str, list[Cell]] = {}
     todo = [cell for cell in grid.runs if not place.cell(out, cell.address).finished]
+    if todo:
+        reporter.stage("checking cells", 0, len(todo))
     for number, cell in enumerate(todo, start=1):
         try:
             experiment = prepare(cell.config, reuse)
@@ -269,5 +271,5 @@ class _Progress:
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 1:
-        return "a minute"
+        return "a minute or less"
     return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
