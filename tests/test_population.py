@@ -166,8 +166,9 @@ def test_clients_do_the_same_with_records_on_demand(
         one, other = whole.train_round(number, users, shared), lazy.train_round(number, users, shared)
         assert one.keys() == other.keys()
         for name in one:
-            assert np.abs(one[name] - shared[name]).max() > 0
-            np.testing.assert_allclose(one[name], other[name], atol=5e-5)
+            moved = np.abs(one[name] - shared[name]).max()
+            assert moved > 0
+            np.testing.assert_allclose(one[name], other[name], atol=1e-3 * moved)
         for clients in (whole, lazy):
             clients.store.apply(*clients.store.drain())
     measured = list(prepare(whole.config).measured)
