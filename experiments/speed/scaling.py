@@ -50,7 +50,7 @@ def measure(clients: int, records: int, layers: int, users: int, threads: int) -
         f"data.min_train={records}", f"data.max_train={records}", "data.min_test=2", "data.max_test=2",
         f"model.adapter={{layers: {layers}, rank: 8, alpha: 16}}", "evaluation={users: 2, local_only: false}",
         f"client_rate={clients / users}", f"engine.threads={threads}",
-        "privacy={unit: record, clip: 1.0, noise_multiplier: 1.0, delta: 1.0e-5}",
+        "privacy={unit: record, clip: 1.0, noise_multiplier: 1.0, delta: 1.0e-9}",
     ]  # fmt: skip
     config = load_config(None, changes)
     experiment = prepare(config)
