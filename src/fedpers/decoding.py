@@ -16,7 +16,7 @@ from fedpers.cohort.model import CohortModel
 from fedpers.errors import ConfigError
 from fedpers.finished_run import Finished
 
-Pick = Callable[[Tensor], Tensor]  # from scores (rows, vocabulary) to tokens (rows,)
+Pick = Callable[[Tensor], Tensor]  # from scores (rows, vocabulary) to tokens (rows,), on the CPU
 
 
 def likeliest(scores: Tensor) -> Tensor:
@@ -60,24 +60,26 @@ def write(
     """
     prompts = [model.inputs.ids[row][: model.inputs.starts[row]] for row in rows]
     lengths = torch.tensor([len(one) for one in prompts])
-    ids = pad_sequence(prompts, batch_first=True)
+    ids, kept = pad_sequence(prompts, batch_first=True), None
     places = torch.arange(ids.shape[1]).expand(len(rows), -1)
-    mask, last, kept = (places < lengths[:, None]).long(), lengths - 1, None
+    mask, last = (places < lengths[:, None]).long(), lengths - 1
+    ids, places, mask, last, lengths = (one.to(model.device) for one in (ids, places, mask, last, lengths))
     end, written = model.backbone.tokenizer.eos_token_id, list[Tensor]()
     going = torch.ones(len(rows), dtype=torch.bool)
-    model.owners.set(torch.from_numpy(owners))
+    model.owners.set(model.place(owners))
+    row = model.place(np.arange(len(rows)))
     with model.mixed(rows):
         while len(written) < tokens and going.any():
             found = model.backbone.model(
                 input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=kept, use_cache=True
             )
             kept = found.past_key_values
-            states = model.head(found.last_hidden_state[torch.arange(len(rows)), last][:, None])[:, 0]
-            chosen = pick(states @ model.backbone.vocabulary.T)
+            states = model.head(found.last_hidden_state[row, last][:, None])[:, 0]
+            chosen = pick((states @ model.backbone.vocabulary.T).cpu())
             written.append(chosen)
             going &= chosen != end
-            ids, places, last = chosen[:, None], (lengths + len(written) - 1)[:, None], torch.zeros_like(last)
-            mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=mask.dtype)], dim=1)
+            ids, places = chosen[:, None].to(model.device), (lengths + len(written) - 1)[:, None]
+            last, mask = torch.zeros_like(last), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return [_until(end, row) for row in torch.stack(written, dim=1).tolist()]
 
 

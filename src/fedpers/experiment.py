@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,10 +178,11 @@ def build_model(experiment: Experiment, reporter: Reporter, reuse: Reuse | None 
     torch.set_num_threads(1)  # passes go on beside each other, see cohort/lanes.py; one is not split
     torch.use_deterministic_algorithms(True, warn_only=False)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time, changes nothing
-    if config.engine.precision == "bf16" and not supported():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products are refused as random
+    if config.engine.precision == "bf16" and not supported(torch.device(config.engine.device)):
         reporter.message("engine.precision=bf16: this machine has no bfloat16 products, so fp32 would be faster")
     reuse = reuse or Reuse()
-    kept = (config.engine.precision, config.engine.prefix, config.engine.threads)
+    kept = (config.engine.precision, config.engine.prefix, config.engine.threads, config.engine.device)
     parts = (_json(config, "data", "task", "seed", "model"), *kept)
     beyond, link = experiment.plan.beyond, experiment.plan.method.link
     key = parts, experiment.adapts, beyond, link

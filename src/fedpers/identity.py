@@ -38,6 +38,7 @@ def identity(experiment: Experiment, model: CohortModel) -> str:
     table = [scopes, len(plan.round), phases, plan.head, sorted(plan.options.items()), plan.method.functions()]
     # Whether anything adapts, if only the baseline, decides in which precision contexts are computed.
     parts = [result_text(experiment.config), experiment.adapts, table, digest.hexdigest(), model.fingerprint]
-    if experiment.config.engine.rounded:  # then how the work is cut shows in the results, by more than float tolerance
+    # How the work is cut shows in rounded results, and the device in all, by more than two threads' float tolerance.
+    if experiment.config.engine.rounded or experiment.config.engine.device != "cpu":
         parts.append(experiment.config.engine.model_dump_json())
     return json.dumps([*parts, version("fedpers")])

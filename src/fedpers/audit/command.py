@@ -23,11 +23,12 @@ from fedpers.audit.inversion import inversion_report
 from fedpers.audit.membership import membership
 from fedpers.audit.probe import probe
 from fedpers.config import Config, parse_config
-from fedpers.errors import ConfigError, RunDirectoryError
+from fedpers.errors import ConfigError
 from fedpers.experiment import prepare
 from fedpers.figures.audit import claimed_and_found
 from fedpers.models.backbone import Backbone
 from fedpers.reporting import Reporter
+from fedpers.run_place import check_empty
 
 INVERSION_TOKENS, INVERSION_RANK = 14, 16
 SPEAKS = 2.0  # a claim well below the ceiling of a thousand canaries
@@ -65,8 +66,7 @@ def audit(config: Config, out: Path, *, probe_only: bool = False, reporter: Repo
         FedpersError: the configuration is refused or cannot be run, or `out` is taken.
     """
     reporter, began = reporter or Reporter(), time.monotonic()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunDirectoryError(f"{out} holds something already; choose a new directory with --out.")
+    check_empty(out)
     if config.data.lazy and not probe_only:
         raise ConfigError(
             "data.lazy: the attacks train on the records of all users; say --probe, or data.lazy=false and fewer "
@@ -142,6 +142,7 @@ def inversion_setup(config: Config) -> Config:
     tree["data"]["max_tokens"] = min(config.data.max_tokens, INVERSION_TOKENS)
     tree["local"]["optimizer"] = "sgd"
     tree["server"] = {}
+    tree["engine"]["device"] = "cpu"  # what is attacked is the update, wherever it was made
     keep = ("epsilon", "delta", "clip", "secret")
     tree["privacy"] = {"unit": "record", **{key: tree["privacy"][key] for key in keep}}
     return parse_config(tree)

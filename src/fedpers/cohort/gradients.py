@@ -139,16 +139,16 @@ class Gradients:
     def _run(self, lane: int, number: int, parts: Sequence[Index]) -> float:
         model, private, step = self._lanes[lane], self._private[lane], self._steps[number]
         fixed = self._contexts
-        weights, total = torch.from_numpy(step.weights), 0.0
+        weights, total = model.place(step.weights), 0.0
         for part in parts:
             rows, owners = step.rows[part], torch.from_numpy(step.owners[part])
             if fixed is None:
                 context = model.contexts(rows, owners)
             else:
-                context = fixed.encoded.index_select(0, torch.from_numpy(fixed.places[number][part]))
+                context = fixed.encoded.index_select(0, model.place(fixed.places[number][part]))
             losses = model.losses(context, rows, owners)
             if private is None:
-                (losses * weights[torch.from_numpy(part)]).sum().backward()  # type: ignore[no-untyped-call]
+                (losses * weights[model.place(part)]).sum().backward()  # type: ignore[no-untyped-call]
             else:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 private.accumulate()

@@ -107,12 +107,12 @@ def _owned(name: str, module: nn.Module, owners: Owners) -> Layer:
     trainable = {key for key, p in module.named_parameters() if p.requires_grad}
     if isinstance(module, nn.Linear) and dict(module.named_parameters()).keys() == {"weight"}:
         layer = CohortLinear(module.in_features, module.out_features, owners)
-        layer.weight.data = module.weight.detach().unsqueeze(0).clone()
+        layer.weight = nn.Parameter(module.weight.detach().unsqueeze(0).clone())
         return layer
     # The exact class: what inherits from it may compute something else.
     if type(module) is nn.LayerNorm and trainable == {"weight", "bias"} and len(module.normalized_shape) == 1:
         layer = CohortLayerNorm(module.normalized_shape[0], module.eps, owners)
-        layer.weight.data = torch.stack([module.weight.detach(), module.bias.detach()]).unsqueeze(0)
+        layer.weight = nn.Parameter(torch.stack([module.weight.detach(), module.bias.detach()]).unsqueeze(0))
         return layer
     raise TypeError(
         f"{name}: only bias-free linear layers, and layer norms with scale and shift, can be trained in cohorts, found "

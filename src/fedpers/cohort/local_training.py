@@ -82,12 +82,12 @@ def train_phase(
     contexts = _fixed_contexts(model, train, steps)
     stats = Stats()
     origin: list[Tensor] = []
+    bounds = {name: (low.to(model.device), high.to(model.device)) for name, (low, high) in rule.bounds.items()}
     with Gradients(model, moving, optimizer, protection, steps, contexts) as work:
         for number, step in enumerate(steps):
             optimizer.zero_grad()
             stats.loss_sum += work.step(number)
             stats.records += len(step.rows)
-            active = torch.from_numpy(step.active)
             stepping = rule.inner is not None or not step.active.all()
             before = [weight.detach().clone() for weight in weights.values()] if stepping else []
             hook = _gradient_hook(weights, rule)
@@ -97,10 +97,10 @@ def train_phase(
             else:
                 work.private.attach_step_hook(lambda _optimizer, run=hook: run())
                 work.private.finish_batch()
-            for name, (low, high) in rule.bounds.items():
+            for name, (low, high) in bounds.items():
                 weights[name].data = torch.minimum(torch.maximum(weights[name].detach(), low), high)
             if not step.active.all():
-                _restore(list(weights.values()), before, active)
+                _restore(list(weights.values()), before, model.place(step.active))
             if rule.inner is not None:
                 if number % 2 == 0:
                     origin = before
@@ -114,9 +114,9 @@ def train_phase(
             if settings.optimizer == "sgd" and rule.inner is None:
                 rates = (group["lr"] for group in optimizer.param_groups)
                 drawn = zip(moving, rates, work.private.drawn, strict=True)
-                stats.noise = {name: -lr * noise for name, lr, noise in drawn}
+                stats.noise = {name: -lr * noise.cpu() for name, lr, noise in drawn}
     for name in moving:
-        parameters[name] = model.layers[name].weight.detach()
+        parameters[name] = model.layers[name].weight.detach().cpu()
     return stats
 
 
@@ -147,15 +147,18 @@ def _fixed_contexts(model: CohortModel, train: Sequence[str], steps: Sequence[St
 
 
 def _gradient_hook(weights: Mapping[str, torch.nn.Parameter], rule: StepRule) -> Callable[[], None]:
-    """Return a function that changes the gradients; under DP it runs after the noise, on released values only."""
+    """Return a function that changes the gradients; under DP it runs after the noise, on released values only.
+
+    A rule sees tensors on the CPU, wherever the model is, as all functions of a method do.
+    """
 
     def change() -> None:
         if rule.gradient is None:
             return
-        values = {name: weight.detach() for name, weight in weights.items()}
+        values = {name: weight.detach().cpu() for name, weight in weights.items()}
         for name, weight in weights.items():
             assert weight.grad is not None
-            weight.grad = rule.gradient(name, values, weight.grad)
+            weight.grad = rule.gradient(name, values, weight.grad.cpu()).to(weight.device)
 
     return change
 

@@ -71,14 +71,16 @@ class CohortModel(nn.Module):
             ConfigError: an adapter or extra groups that do not fit the backbone, or a backbone that cannot be cut.
         """
         super().__init__()
-        backbone: Backbone = Backbone(config.model.backbone) if donor is None else donor.backbone
+        backbone: Backbone = Backbone(config.model.backbone, config.engine.device) if donor is None else donor.backbone
         self.task, self.adapts, self.records_of = task, adapt, records_of
         self.budget, self.max_tokens = config.engine.token_budget, config.data.max_tokens
         self.precision, self.kept_as = config.engine.precision, config.engine.prefix
         self.backbone: Backbone = backbone
         self.fingerprint: str = backbone.fingerprint() if donor is None else donor.fingerprint  # before LoRA is placed
         self.owners = Owners()
-        self.lanes: Lanes[CohortModel] = Lanes(self, CohortModel.twin, config.engine.threads)
+        self.device = backbone.device
+        lanes = config.engine.threads if self.device.type == "cpu" else 1
+        self.lanes: Lanes[CohortModel] = Lanes(self, CohortModel.twin, lanes)
         self.lora: Any | None = None
         self.scaling: float = config.model.adapter.alpha / config.model.adapter.rank
         self.link: Link = link
@@ -100,7 +102,7 @@ class CohortModel(nn.Module):
         # Of a large federation these are a few people to try things on.
         self._take_up(examples, progress, donor, keep=records_of is None)
         layers: dict[str, Layer] = self._adapt(config, expand(extra)) if adapt else {}
-        self.head = task.head(backbone.width)
+        self.head = task.head(backbone.width).to(self.device)
         for name, layer in to_cohort(self.head, self.owners).items():
             layers[f"{HEAD}{name}.weight"] = layer
         self.layers = dict(sorted(layers.items()))
@@ -130,7 +132,7 @@ class CohortModel(nn.Module):
         # Adapters at their initial values change nothing, so that this is the frozen backbone.
         self.load(self.broadcast(1))
         first = self.backbone.model.register_forward_pre_hook(
-            lambda _module, _args, kwargs: self.owners.set(torch.zeros(len(kwargs["input_ids"]), dtype=torch.long)),
+            lambda _module, _args, kwargs: self.owners.set(self.place(np.zeros(len(kwargs["input_ids"]), np.int64))),
             with_kwargs=True,
         )
         try:
@@ -152,7 +154,7 @@ class CohortModel(nn.Module):
         self.inputs, self.texts = self.read(examples) if donor is None else (donor.inputs, donor.texts)
         inputs = self.inputs
         if self.task.causal:
-            self.candidates = torch.zeros(0, self.backbone.width)
+            self.candidates = torch.zeros(0, self.backbone.width, device=self.device)
         elif donor is None:
             self.candidates = Embedded(backbone, self.texts, budget, progress, "candidates", keep).vectors
         else:
@@ -183,7 +185,7 @@ class CohortModel(nn.Module):
         if config.engine.precision == "bf16":
             round_linears(backbone.blocks[max(self.layer, 0) :])
         if "gate" in extra:
-            self.gate = CohortLinear(backbone.width + 1, 1, self.owners)  # the last input is 1
+            self.gate = CohortLinear(backbone.width + 1, 1, self.owners).to(self.device)  # the last input is 1
             layers[GATE] = self.gate
         for name, layer in layers.items():
             layer.weight.requires_grad_(group_of(name) != "residual")
@@ -192,7 +194,7 @@ class CohortModel(nn.Module):
     def _initial(self, name: str, layer: Layer, key: bytes) -> Tensor:
         if self.group[name] not in {"A", "A2"} or not isinstance(layer, CohortLinear):
             # lora_B, gate and residual are 0, norms the backbone's, heads start as the task says.
-            return layer.weight.detach()[0].clone()
+            return layer.weight.detach()[0].cpu().clone()
         return torch.from_numpy(adapters.first_factor((layer.out_features, layer.in_features), key, "initial", name))
 
     def twin(self) -> CohortModel:
@@ -231,10 +233,14 @@ class CohortModel(nn.Module):
         return {n: given.get(n, first).expand(clients, *first.shape).clone() for n, first in self.initial.items()}
 
     def load(self, parameters: Mapping[str, Tensor]) -> None:
-        """Set the weights of the cohort; each tensor is (clients, out, in) and is used in place."""
+        """Set the weights of the cohort; each tensor is (clients, out, in), and on a CPU it is used in place."""
         for name, layer in self.layers.items():
-            layer.weight.data = parameters[name]
+            layer.weight.data = parameters[name].to(self.device)
             layer.weight.grad = None
+
+    def place(self, array: NDArray[Any]) -> Tensor:
+        """Return an array as a tensor on the model's device."""
+        return torch.from_numpy(array).to(self.device)
 
     def contexts(self, rows: Index, owners: Tensor) -> Tensor:
         """Encode the inputs of rows as their owners' models do, as the task wants it: by default unit vectors
@@ -242,11 +248,11 @@ class CohortModel(nn.Module):
         """
         if self.prefix is None:
             assert self.frozen_contexts is not None
-            return self.frozen_contexts.index_select(0, torch.from_numpy(rows))
-        hidden, mask = self.prefix.batch(rows)
+            return self.frozen_contexts.index_select(0, self.place(rows))
+        hidden, mask = (one.to(self.device) for one in self.prefix.batch(rows))
         if self.layer == self.backbone.depth:
             return self.task.context(hidden, mask, self.longest)
-        self.owners.set(owners)
+        self.owners.set(owners.to(self.device))
         with self.mixed(rows):
             return self.task.context(self.backbone.above(hidden, mask, self.layer), mask, self.longest)
 
@@ -255,15 +261,15 @@ class CohortModel(nn.Module):
         if self.gate is None:
             return nullcontext()
         assert self.features is not None
-        second = weights(self.gate, self.features[torch.from_numpy(rows)], self.link)
+        second = weights(self.gate, self.features[self.place(rows)], self.link)
         return mixed(self.lora_layers, self.scaling, second)
 
     def scores(self, contexts: Tensor, rows: Index, owners: Tensor) -> Tensor:
         """Apply the owners' heads: scores (records, ...), as the task makes them."""
-        self.owners.set(owners)
+        self.owners.set(owners.to(self.device))
         batch = Batch(
             lambda: gather(self.candidates, self.examples.candidates[rows]),
-            lambda: next_tokens(self.inputs, rows, contexts.shape[1]),
+            lambda: next_tokens(self.inputs, rows, contexts.shape[1]).to(self.device),
             lambda: self.vocabulary,
         )
         return self.task.scores(self.head, contexts, batch)
@@ -285,7 +291,7 @@ class CohortModel(nn.Module):
     def targets(self, rows: Index) -> Tensor:
         """Return the numbers to predict, (records,); zeros for a task without."""
         targets = self.examples.targets
-        return torch.from_numpy(targets[rows]) if len(targets) else torch.zeros(len(rows))
+        return self.place(targets[rows] if len(targets) else np.zeros(len(rows), np.float32))
 
     @torch.no_grad()
     def all_contexts(self, rows: Index, owners: NDArray[np.int64]) -> Tensor:
@@ -293,12 +299,12 @@ class CohortModel(nn.Module):
         if self.prefix is None:
             return self.contexts(rows, torch.from_numpy(owners))
         tokens = (self.longest,) if self.task.causal else ()
-        result = torch.empty(len(rows), *tokens, self.backbone.width)
+        result = torch.empty(len(rows), *tokens, self.backbone.width, device=self.device)
 
         def encode(model: CohortModel, part: Index) -> None:
             model.follow(self)
             with torch.no_grad():  # which holds for the thread that says it
-                result[torch.from_numpy(part)] = model.contexts(rows[part], torch.from_numpy(owners[part]))
+                result[self.place(part)] = model.contexts(rows[part], torch.from_numpy(owners[part]))
 
         parts = list(microbatches(self.lengths[rows], self.budget))
         for _ in self.lanes.each(encode, parts, self.effort(int(self.lengths[rows].sum())) / 2):

@@ -88,7 +88,7 @@ class CohortDPOptimizer(DPOptimizer):  # type: ignore[misc]
         """End the logical batch: noise, scaling and the wrapped optimizer's step, for empty batches too."""
         for parameter in self.params:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape[1:]))
-        self.owners.set(torch.zeros(0, dtype=torch.long))
+        self.owners.set(torch.zeros(0, dtype=torch.long, device=self.params[0].device))
         self.step()
         self.zero_grad()
         self.steps += 1
@@ -98,8 +98,9 @@ class CohortDPOptimizer(DPOptimizer):  # type: ignore[misc]
         deviation = self.noise_multiplier * self.max_grad_norm
         noise = self.noise(self.steps) if deviation > 0 else [torch.zeros(()) for _ in self.params]
         for parameter, draw, drawn in zip(self.params, noise, self.drawn, strict=True):
-            parameter.grad = parameter.summed_grad + deviation * draw
-            drawn += deviation * draw / self.lot_size
+            added = deviation * draw.to(parameter.device)
+            parameter.grad = parameter.summed_grad + added
+            drawn += added / self.lot_size
 
     def scale_grad(self) -> None:
         """Divide by the public lot size."""

@@ -35,20 +35,22 @@ Fill = Callable[[Backbone, Floats, Index, Tensor, Tensor], None]  # by, into, ro
 
 
 class Embedded:
-    """Unit-length vectors of texts by the frozen backbone, shape (texts, width); equal texts are encoded once."""
+    """Unit-length vectors of texts by the frozen backbone, shape (texts, width), on its device; equal texts are encoded
+    once.
+    """
 
     def __init__(
         self, backbone: Lanes[Backbone], tokens: Tokens, budget: int, progress: Progress, what: str, keep: bool = True
     ) -> None:
         def fill(backbone: Backbone, out: Floats, rows: Index, ids: Tensor, mask: Tensor) -> None:
-            out[rows] = backbone.encode(ids, mask).numpy()
+            out[rows] = backbone.encode(ids, mask).cpu().numpy()
 
         places: dict[tuple[int, ...], int] = {}
         rows = [places.setdefault(tuple(ids.tolist()), len(places)) for ids in tokens.ids]
         distinct = Tokens(tuple(torch.tensor(ids, dtype=torch.long) for ids in places))
         shape = (len(places), backbone.first.width)
         found = _cached(backbone, distinct, "pooled", shape, fill, budget, progress, what, keep)
-        self.vectors = torch.from_numpy(found[np.array(rows, dtype=np.int64)])
+        self.vectors = torch.from_numpy(found[np.array(rows, dtype=np.int64)]).to(backbone.first.device)
 
 
 class Prefix:
@@ -72,7 +74,7 @@ class Prefix:
 
         def fill(backbone: Backbone, out: Floats, rows: Index, ids: Tensor, mask: Tensor) -> None:
             whole = layer == backbone.depth
-            hidden = (backbone.last(ids, mask) if whole else backbone.below(ids, mask, layer)).numpy()
+            hidden = (backbone.last(ids, mask) if whole else backbone.below(ids, mask, layer)).cpu().numpy()
             if kept_as == "fp16":  # a rule on each record alone: no record may stop a run
                 hidden = np.clip(hidden, -LARGEST, LARGEST)
             for place, row in enumerate(rows):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 
-def supported() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware; elsewhere such products are right, but slower than fp32."""
-    return bool(torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def supported(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware; elsewhere such products are right, but slower than fp32."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:

@@ -118,7 +118,9 @@ def _choose(
         version = {n: wire[f"cluster{place}.{n}"] for n in layout.shared}
         model.load(model.broadcast(len(cohort), version) | personal)
         with torch.no_grad():
-            found = model.losses(model.all_contexts(rows, owners), rows, torch.from_numpy(owners)).double().numpy()
+            found = (
+                model.losses(model.all_contexts(rows, owners), rows, torch.from_numpy(owners)).cpu().double().numpy()
+            )
         losses.append(np.bincount(owners, np.nan_to_num(found, nan=np.inf), len(cohort)))
     return np.asarray(np.argmin(losses, axis=0))
 
@@ -132,5 +134,5 @@ def _centroid(model: CohortModel, examples: Examples, cohort: Sequence[int], cou
         )
     if model.features is None:
         raise ConfigError("visit.centroid needs the features that a gate is made of; name the group gate in scopes.")
-    parts = [model.features[torch.from_numpy(examples.train[user][:count])] for user in cohort]
-    return torch.stack([part.sum(dim=0) / max(len(part), 1) for part in parts])
+    parts = [model.features[model.place(examples.train[user][:count])] for user in cohort]
+    return torch.stack([part.sum(dim=0) / max(len(part), 1) for part in parts]).cpu()

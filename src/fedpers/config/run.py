@@ -67,7 +67,8 @@ class EngineConfig(Section):
     cohort_size: int = Field(64, ge=1)  # clients that train together
     token_budget: int = Field(2048, ge=512)  # padded tokens of one pass
     tune: bool = False  # choose these two by measurement before the first round; kept for when the run is resumed
-    threads: int = Field(2, ge=1)  # passes that go on beside each other
+    threads: int = Field(2, ge=1)  # passes that go on beside each other, on a CPU
+    device: str = "cpu"  # where the model computes: cpu, cuda, cuda:1, mps; state, noise and messages stay on the CPU
     precision: Literal["fp32", "bf16"] = "fp32"  # of products with frozen weights in the adapted blocks
     prefix: Literal["fp32", "fp16"] = "fp32"  # how the hidden states below the adapted blocks are kept
 

@@ -132,10 +132,11 @@ def _measured(
         with torch.no_grad():
             by.load(weights[first])
             contexts = by.contexts(rows[part], owners[first][here])
-            metrics = {}
+            metrics: dict[str, Mapping[str, Tensor]] = {}
             for name in kinds:
                 by.load(weights[name])
-                metrics[name] = by.metrics(contexts, rows[part], owners[name][here])
+                measured = by.metrics(contexts, rows[part], owners[name][here])
+                metrics[name] = {metric: value.cpu() for metric, value in measured.items()}
         return metrics
 
     effort = model.effort(int(model.lengths[rows].sum())) / 2

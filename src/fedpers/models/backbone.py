@@ -52,8 +52,16 @@ class Backbone:
     cohorts and the replay of runs.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        """Load a model and put it on a device.
+
+        Raises:
+            AssetError: it cannot be loaded.
+            ConfigError: it has no stack of blocks, or PyTorch has no such device here.
+        """
         import transformers
+
+        self.device = _device(device)
 
         transformers.utils.logging.disable_progress_bar()
         self.name = name
@@ -63,6 +71,7 @@ class Backbone:
             for key, value in config.to_dict().items():
                 if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
                     setattr(config, key, 0.0)
+            config.use_cache = False  # of keys and values, which training would fill and never read
             # Weights in safetensors alone: the older format is a pickle, which runs what it says.
             self.model: Any = transformers.AutoModel.from_pretrained(
                 path, config=config, dtype=torch.float32, use_safetensors=True
@@ -77,7 +86,7 @@ class Backbone:
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).to(self.device)
         self.width: int = config.hidden_size
         self._parent, self._attribute, self.blocks = _stack(self.model, name)
 
@@ -114,7 +123,7 @@ class Backbone:
         settings = {k: v for k, v in self.model.config.to_dict().items() if k != "_name_or_path"}  # where it lies
         digest.update(repr(sorted(settings.items(), key=lambda item: item[0])).encode())
         for key, value in sorted(self.model.state_dict().items()):
-            digest.update(key.encode() + value.contiguous().numpy().tobytes())
+            digest.update(key.encode() + value.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def tokenize(self, texts: Sequence[str], max_tokens: int) -> Tokens:
@@ -134,7 +143,7 @@ class Backbone:
         handle = self.blocks[layer].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad():
-                self.model(input_ids=ids, attention_mask=mask)
+                self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         except _Reached as reached:
             return reached.hidden
         finally:
@@ -143,6 +152,7 @@ class Backbone:
 
     def above(self, hidden: Tensor, mask: Tensor, layer: int) -> Tensor:
         """Run block `layer` and those above on its input (rows, tokens, width); returns the last hidden states."""
+        hidden, mask = hidden.to(self.device), mask.to(self.device)
         # The model builds masks and positions itself; what it makes of the embeddings is replaced at the first block.
         handle = self.blocks[layer].register_forward_pre_hook(
             lambda _module, args, kwargs: (
@@ -161,12 +171,13 @@ class Backbone:
     def last(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the last hidden states (rows, tokens, width) by the backbone as it stands."""
         with torch.no_grad():
-            output: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            found = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        output: Tensor = found.last_hidden_state
         return output
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return unit-length text embeddings (rows, width) by the backbone as it stands."""
-        return pool(self.last(ids, mask), mask)
+        return pool(self.last(ids, mask), mask.to(self.device))
 
     def _public_text(self) -> Tensor:
         """Token ids (1, tokens) of a text that is nobody's, to try things on."""
@@ -191,7 +202,7 @@ class Backbone:
         mask = torch.ones_like(ids)
         whole = self.encode(ids, mask)
         with torch.no_grad():
-            parts = pool(self.above(self.below(ids, mask, layer), mask, layer), mask)
+            parts = pool(self.above(self.below(ids, mask, layer), mask, layer), mask.to(self.device))
         if not torch.allclose(whole, parts, atol=1e-5):
             raise ConfigError(
                 f"model.backbone {self.name!r}: cutting it at block {layer} changes its output, so its frozen part "
@@ -235,6 +246,18 @@ def _locate(name: str) -> str:
     if not Path(name).exists() and "/" not in name:
         assets.get(name)  # raises, with the nearest asset's name
     return name
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not being there
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"engine.device={name}: PyTorch has no such device here ({reason}); set engine.device=cpu."
+        ) from error
+    return device
 
 
 def _stack(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.ModuleList]:

@@ -172,5 +172,5 @@ class LinearHead(nn.Module):
 def gather(embedded: Tensor, candidates: NDArray[np.int64]) -> Tensor:
     """Return the embeddings (rows, candidates, width) that the candidates point to."""
     # index_select copies whole rows, which indexing does number by number.
-    rows = embedded.index_select(0, torch.from_numpy(candidates.reshape(-1)))
+    rows = embedded.index_select(0, torch.from_numpy(candidates.reshape(-1)).to(embedded.device))
     return rows.reshape(*candidates.shape, embedded.shape[-1])

@@ -135,8 +135,8 @@ class LanguageModel(Task):
         losses: Tensor = _TokenLoss.apply(  # type: ignore[no-untyped-call]
             states, batch.vocabulary, following[counted]
         )
-        row = torch.arange(len(following))[:, None].expand_as(following)[counted]
-        summed = torch.zeros(len(following), dtype=states.dtype).index_add(0, row, losses)
+        row = torch.arange(len(following), device=following.device)[:, None].expand_as(following)[counted]
+        summed = states.new_zeros(len(following)).index_add(0, row, losses)
         return torch.stack([summed, counted.sum(dim=1).to(summed.dtype)], dim=1)
 
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
