@@ -246,6 +246,23 @@ def test_per_record_gradients_of_mixed_records_are_those_of_plain_opacus(tiny: T
             assert_close(found[name][mine], parameter.grad_sample)
 
 
+def test_hooks_find_the_same_where_autograd_makes_no_gradient(tiny: Tiny, tmp_path: Path) -> None:
+    model = make_clients(tiny(model={"adapter": {"layers": 2, "rank": 2, "alpha": 4}}), tmp_path).model
+    users = [5, 0, 3, 6]
+    parameters, step = scattered(model, len(users)), mixed(model, users)
+    expected = record_gradients(model, parameters, step)
+    owners = torch.from_numpy(step.owners)
+    for name, layer in model.layers.items():  # what autograd makes besides is their sum over a client's records
+        summed = torch.zeros_like(layer.weight).index_add_(0, owners, expected[name])
+        assert layer.weight.grad is not None
+        assert_close(layer.weight.grad, summed)
+    model.per_record(True)
+    found = record_gradients(model, parameters, step)
+    for name, layer in model.layers.items():
+        assert layer.weight.grad is None
+        assert torch.equal(found[name], expected[name])
+
+
 @pytest.mark.parametrize("train", [BOTH, ("adapter",), ("head",)], ids="+".join)
 def test_clipped_sums_are_those_of_plain_opacus(tiny: Tiny, tmp_path: Path, train: tuple[str, ...]) -> None:
     config = tiny(task={"candidates": 4, "scale": 1.0}, model={"adapter": {"layers": 2, "rank": 2, "alpha": 4}})

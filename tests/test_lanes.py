@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from conftest import SECRET, Command
 from fedpers.audit.probe import probe as audit
 from fedpers.cohort import lanes
+from fedpers.cohort.batching import ALIKE, WORTH, microbatches
 from fedpers.cohort.gradients import Gradients
 from fedpers.cohort.lanes import Lanes, passes
 from fedpers.cohort.model import CohortModel
@@ -47,6 +48,25 @@ def shared_out(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(lanes, "LEAST_TOKENS", 16)
     monkeypatch.setattr(Gradients, "_run", watched)
     return seen
+
+
+@given(
+    st.lists(st.integers(1, 300), max_size=120).map(lambda found: np.array(found, dtype=np.int64)),
+    st.integers(512, 3000),
+)
+@settings(max_examples=200, deadline=None)
+def test_passes_keep_to_the_budget_and_pad_no_more_than_another_pass_costs(lengths: Any, budget: int) -> None:
+    parts = list(microbatches(lengths, budget))
+    assert sorted(place for part in parts for place in part.tolist()) == list(range(len(lengths)))
+    assert list(np.concatenate([lengths[part] for part in parts] or [lengths])) == sorted(lengths, reverse=True)
+    for number, part in enumerate(parts):
+        longest, shortest = int(lengths[part].max()), int(lengths[part].min())
+        tokens = len(part) * longest
+        assert tokens <= budget or len(part) == 1
+        if tokens - longest >= WORTH:  # it would be worth its while without the last one
+            assert shortest >= ALIKE * longest
+        if number + 1 < len(parts):
+            assert tokens >= WORTH or tokens + longest > budget
 
 
 @given(

@@ -93,6 +93,8 @@ class Gradients:
             self._private.append(None)
             return
         self._open.callback(GradSampleHooks(model, loss_reduction="sum").cleanup)
+        self._open.callback(model.per_record, False)
+        model.per_record(True)
         self._private.append(
             CohortDPOptimizer(
                 optimizer,

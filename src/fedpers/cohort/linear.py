@@ -38,8 +38,28 @@ class Owners:
         self._of_thread.index = index
 
 
+class _Hooked(torch.autograd.Function):
+    """Lets hooks on a layer see gradients without one being made for its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, weight: Tensor) -> Tensor:
+        """Return `found`, which needs a gradient as `weight` does."""
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        """Pass on the gradient of `found`."""
+        return outer[0], None
+
+
 class CohortLinear(nn.Module):
-    """A bias-free linear layer for each client of a cohort; weight has shape (clients, out, in)."""
+    """A bias-free linear layer for each client of a cohort; weight has shape (clients, out, in).
+
+    With `per_record`, gradients in the weight are made by Opacus's hooks alone, record by record. Autograd's own sum
+    over a client's records would cost as much, and nothing may read it.
+    """
+
+    per_record = False
 
     def __init__(self, in_features: int, out_features: int, owners: Owners) -> None:
         super().__init__()
@@ -49,8 +69,14 @@ class CohortLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (records, ..., in) to (records, ..., out)."""
-        # index_select, not weight[owners]: the latter's backward is not deterministic on a CPU.
-        weight = self.weight.index_select(0, self.owners.index)
+        if self.per_record:
+            found: Tensor = _Hooked.apply(self._times(x, self.weight.detach()), self.weight)  # type: ignore[no-untyped-call]
+            return found
+        return self._times(x, self.weight)
+
+    def _times(self, x: Tensor, weights: Tensor) -> Tensor:
+        # index_select, not weights[owners]: the latter's backward is not deterministic on a CPU.
+        weight = weights.index_select(0, self.owners.index)
         if len(weight) != len(x):  # which a product would spread over all of them
             raise RuntimeError(f"{len(x)} records and the owners of {len(weight)}")
         if x.dim() == 2 and self.out_features == 1:  # a fifth of the time of as many products of two vectors

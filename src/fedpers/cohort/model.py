@@ -238,6 +238,12 @@ class CohortModel(nn.Module):
             layer.weight.data = parameters[name].to(self.device)
             layer.weight.grad = None
 
+    def per_record(self, on: bool) -> None:
+        """Leave gradients in weights to hooks that make them record by record, or not."""
+        for layer in self.layers.values():
+            if isinstance(layer, CohortLinear):
+                layer.per_record = on
+
     def place(self, array: NDArray[Any]) -> Tensor:
         """Return an array as a tensor on the model's device."""
         return torch.from_numpy(array).to(self.device)

@@ -60,9 +60,12 @@ class CohortDPOptimizer(DPOptimizer):  # type: ignore[misc]
         factors = (bound / (lengths + 1e-6)).clamp(max=1.0)
         self.records += len(norms)
         self.clipped += int((factors[finite] < 1.0).any(dim=1).sum())
-        self.nonfinite += int((~finite).sum())
+        broken = int((~finite).sum())
+        self.nonfinite += broken
         for parameter, sample, factor in zip(self.params, samples, factors.unbind(dim=1), strict=True):
-            kept = torch.where(finite[:, None, None], sample * factor[:, None, None], 0.0)
+            kept = sample * factor[:, None, None]
+            if broken:
+                kept = torch.where(finite[:, None, None], kept, 0.0)
             if parameter.summed_grad is None:
                 parameter.summed_grad = torch.zeros_like(parameter)
             parameter.summed_grad.index_add_(0, self.owners.index, kept)
