@@ -19,7 +19,8 @@ import numpy as np
 
 from fedpers.config import parse_config
 from fedpers.experiment import Reuse
-from fedpers.privacy.accounting import GaussianEvent, calibrate, epsilon
+from fedpers.privacy.accounting import GaussianEvent, epsilon
+from fedpers.privacy.calibration import calibrate
 from fedpers.simulation import simulate
 
 FEDERATION, DEVELOPMENT = 228, 41  # users

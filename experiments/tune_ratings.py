@@ -18,7 +18,7 @@ import numpy as np
 
 from fedpers.config import parse_config
 from fedpers.experiment import Reuse
-from fedpers.privacy.accounting import calibrate
+from fedpers.privacy.calibration import calibrate
 from fedpers.simulation import simulate
 
 DELTA, ROUNDS = 1e-5, 10

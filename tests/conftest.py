@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
 import torch
+from opacus.accountants.analysis import rdp
 
 from fedpers.config import TRUSTS, Config, Unit, parse_config
 from fedpers.data.synthetic import TOPICS
 from fedpers.privacy.ledger_lines import ADJACENCIES
+from fedpers.reporting import Reporter
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+# Runs in this process do not wait for the disk: no test cuts the power, and what is killed is a process of its own.
+os.fsync = lambda file: None
+# Opacus's Renyi divergences are functions of a few numbers, and half of the time of a claim: once for each is enough.
+rdp._compute_rdp = cache(rdp._compute_rdp)
 
 SECRET = "5ec2e7" + "00" * 29  # a test secret: whoever reads it can subtract the noise, so it protects nobody
 # Where clients add the noise, who sees what and what is clipped is the same for methods of one kind (what is kept, what
@@ -42,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+def pytest_collection_finish() -> None:
+    """Keep what is loaded by now out of garbage collections: half a second for each that looks through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave pictures undrawn, a second in a run of two, but in tests marked `pictures`: those that look at them.
@@ -50,17 +64,33 @@ def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """
     marker = request.node.get_closest_marker("pictures")
     if marker is None or marker.args:
-        from matplotlib.figure import Figure
+        draw_only(monkeypatch, *(marker.args if marker else ()))
 
-        draw, kinds = Figure.savefig, marker.args if marker else ()
 
-        def savefig(self: Figure, where: BinaryIO, *, format: str, **options: Any) -> None:
-            if format in kinds:
-                draw(self, where, format=format, **options)
-            else:
-                where.write(b"a picture, undrawn")
+class Stages(Reporter):
+    """Remembers by stage how much was done, of how much, whenever it was told."""
 
-        monkeypatch.setattr(Figure, "savefig", savefig)
+    def __init__(self) -> None:
+        self.told: dict[str, list[tuple[int, int]]] = {}
+
+    def stage(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Remember it."""
+        self.told.setdefault(what, []).append((done, total))
+
+
+def draw_only(patch: pytest.MonkeyPatch, *kinds: str) -> None:
+    """Leave pictures of all other kinds undrawn."""
+    from matplotlib.figure import Figure
+
+    draw = Figure.savefig
+
+    def savefig(self: Figure, where: BinaryIO, *, format: str, **options: Any) -> None:
+        if format in kinds:
+            draw(self, where, format=format, **options)
+        else:
+            where.write(b"a picture, undrawn")
+
+    patch.setattr(Figure, "savefig", savefig)
 
 
 def opening_fields(unit: Unit, **changes: Any) -> dict[str, Any]:

@@ -13,15 +13,8 @@ from opacus.accountants import GaussianAccountant, PRVAccountant
 from scipy.stats import norm
 
 from fedpers.errors import ConfigError
-from fedpers.privacy.accounting import (
-    GaussianEvent,
-    calibrate,
-    calibrate_gaussian,
-    cross_check,
-    epsilon,
-    gaussian_epsilon,
-    smallest_noise_multiplier,
-)
+from fedpers.privacy.accounting import GaussianEvent, cross_check, epsilon, gaussian_epsilon
+from fedpers.privacy.calibration import calibrate, calibrate_gaussian, smallest_noise_multiplier
 
 # q, noise multiplier, count, delta, dp-accounting PLD, Opacus RDP, Opacus PRV (eps_error .01)
 TABLE = [

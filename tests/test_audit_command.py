@@ -30,7 +30,7 @@ def finding(**changes: Any) -> Finding:
     return Finding(**{**given, **changes})
 
 
-@pytest.mark.pictures
+@pytest.mark.pictures("png", "svg")
 def test_a_user_level_setup_is_audited_whole(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,8 @@ BAD_VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no candidates": (("task.candidates=1",), ("task.candidates = 1", "greater than or equal to 2")),
     "caps that exclude everyone": (("data.min_train=20",), ("min_train=20", "max_train=12")),
     "a name that leaves the directory": (("name=../x",), ("name = '../x'", "pattern")),
+    "an option of the command line": (("out=here",), ("'out' is no key", "write --out.")),
+    "a key of a grid file": (("product.seed=[0, 1]",), ("'product' is a key of a grid file", "`fedpers sweep`")),
     "override without =": (("rounds",), ("override 'rounds'", "key=value", "privacy.epsilon=2")),
     "override without a key": (("=2",), ("override '=2'", "key=value")),
     "override that is not YAML": (("rounds=[",), ("override 'rounds=['", "not valid YAML")),
@@ -108,6 +110,49 @@ BAD_VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def test_a_bad_value_is_named(case: str, fedpers: Command, work: Path) -> None:
     overrides, says = BAD_VALUES[case]
     assert_refused(fedpers, work, "run", "tiny.yaml", *overrides, "--quiet", says=says)
+
+
+TOLD_AT_ONCE = {
+    "run nowhere.yaml": "nowhere.yaml: cannot be read",
+    "run tiny.yaml epsilon=2": "unknown key 'epsilon'; did you mean 'privacy.epsilon'?",
+    "run tiny.yaml method=fedrap": "did you mean 'fedrep'?",
+    'run tiny.yaml frontier={"methods":["fedrap"],"epsilons":[1]}': "did you mean 'fedrep'?",
+    "run tiny.yaml data.name=syntetic": "did you mean 'synthetic'?",
+    "run tiny.yaml task.name=reply-rank": "did you mean 'reply-ranking'?",
+    "run tiny.yaml --out taken": "taken holds another run",
+    "run tiny.yaml --out tiny.yaml --resume": "tiny.yaml is a file",
+    "sweep grid.yaml method=fedrap": "did you mean 'fedrep'?",
+    "sweep grid.yaml --out taken": "taken holds something that is no sweep",
+    "sweep grid.yaml product.seed=1": "change it there",
+    "audit tiny.yaml method=fedrap": "did you mean 'fedrep'?",
+    "audit tiny.yaml --out taken": "taken holds something already",
+    "personalize taken --user-data x --out taken": "taken exists already",
+}
+COMMANDS = """
+import sys
+from fedpers.cli import main
+for line in sys.stdin:
+    sys.argv = ["fedpers", *line.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 2, line
+    assert not {"torch", "transformers", "flwr"} & sys.modules.keys(), line
+"""
+
+
+def test_what_can_be_told_at_once_does_not_wait_for_torch(work: Path) -> None:
+    (work / "taken").mkdir()
+    (work / "taken" / "file").touch()
+    (work / "grid.yaml").write_text("base: tiny.yaml\nproduct: {seed: [0, 1]}\n")
+    before = tree(work)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS], input="\n".join(TOLD_AT_ONCE), capture_output=True, text=True, cwd=work
+    )
+    assert done.returncode == 0, done.stderr
+    for said, (command, words) in zip(done.stderr.splitlines(), TOLD_AT_ONCE.items(), strict=True):
+        assert words in said, command
+    assert tree(work) == before
 
 
 BAD_SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import Stages
 from fedpers import registry
 from fedpers.cold_start import cold_start, strangers
 from fedpers.config import Config
@@ -35,7 +36,9 @@ def run(tiny: Tiny, tmp_path: Path) -> Run:
 
 
 def test_more_records_make_a_better_model_of_somebody_new(run: Run, tmp_path: Path) -> None:
-    curve = cold_start(run.path, tmp_path / "out", counts=(8, 0, 2))
+    stages = Stages()
+    curve = cold_start(run.path, tmp_path / "out", counts=(8, 0, 2), reporter=stages)
+    assert stages.told["records of somebody new"] == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert [point.records for point in curve.points] == [0, 2, 8]
     assert curve.people == 36
     own = [point.means["own"].mean for point in curve.points]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -51,20 +50,15 @@ def install(folder: Path, name: str, entry: str, module: str) -> Path:
     return target
 
 
-def program(path: Path, folder: Path, *arguments: str) -> str:
-    """What a new process of the program prints with `path` on Python's path."""
-    environment = os.environ | {"PYTHONPATH": str(path), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fedpers", *arguments]
-    found = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
-def test_an_installed_package_adds_a_method(tiny: Tiny, tmp_path: Path) -> None:
+def test_an_installed_package_adds_a_method(
+    tiny: Tiny, tmp_path: Path, fedpers: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The package that CONTRIBUTING shows."""
-    installed = install(tmp_path, "my_package", ENTRY, METHOD)
+    monkeypatch.syspath_prepend(install(tmp_path, "my_package", ENTRY, METHOD))
+    monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny()), encoding="utf-8")
-    shown = program(installed, tmp_path, "methods")
+    code, shown, _ = fedpers("methods")
+    assert code == 0
     lines = shown.splitlines()
     (place,) = (number for number, line in enumerate(lines) if line.split()[:1] == ["my-method"])
     column = lines[place].index("One model")
@@ -72,9 +66,12 @@ def test_an_installed_package_adds_a_method(tiny: Tiny, tmp_path: Path) -> None:
     assert told.startswith("One model for all, trained under a pull toward the values received; then each user tunes ")
     assert "this file, 2026" in told
     assert "Differs from fedprox: the head is tuned at home afterwards." in told
-    program(installed, tmp_path, "run", "tiny.yaml", "method=my-method", "options.mu=0.5", "--out", "run", "--quiet")
-    assert "method: my-method\n" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
-    assert '"method":"my-method"' in (tmp_path / "run" / "ledger.jsonl").read_text(encoding="utf-8").replace(" ", "")
+    run = tmp_path / "run"
+    asked = ("run", tmp_path / "tiny.yaml", "method=my-method", "options.mu=0.5")
+    code, _, told = fedpers(*asked, "--out", run, "--quiet")
+    assert (code, told) == (0, "")
+    assert "method: my-method\n" in (run / "config.yaml").read_text(encoding="utf-8")
+    assert '"method":"my-method"' in (run / "ledger.jsonl").read_text(encoding="utf-8").replace(" ", "")
 
 
 BROKEN_ENTRY = '[project.entry-points."fedpers.methods"]\nbroken = "broken_package.my_method:MyMethod"'

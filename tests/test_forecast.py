@@ -21,7 +21,8 @@ from fedpers.config import Config
 from fedpers.errors import ConfigError, FedpersError, LedgerError, PrivacyRefusal
 from fedpers.experiment import Reuse, prepare
 from fedpers.figures.frontier import FrontierCell, frontier
-from fedpers.privacy.accounting import GaussianEvent, calibrate, epsilon
+from fedpers.privacy.accounting import GaussianEvent, epsilon
+from fedpers.privacy.calibration import calibrate
 from fedpers.privacy.claim import Claim, rounded_up
 from fedpers.privacy.forecast import Forecast, forecast_from
 from fedpers.privacy.ledger import Ledger

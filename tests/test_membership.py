@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from conftest import Stages
 from fedpers.audit import membership as audit
 from fedpers.audit.bounds import Finding, attack_rates
 from fedpers.audit.gaussian import gaussian_epsilon
@@ -22,15 +23,13 @@ from fedpers.audit.membership import (
     SHARED_MODEL,
     Shadow,
     coins,
-    confidence,
     findings,
-    leave_one_out,
-    likelihood_ratio,
     membership,
     restrict,
     smaller,
     train_shadow,
 )
+from fedpers.audit.membership_scores import FEW, confidence, leave_one_out, likelihood_ratio
 from fedpers.cohort import clients as engine
 from fedpers.config import Config, load_config
 from fedpers.errors import ConfigError
@@ -218,7 +217,11 @@ def test_the_same_seed_gives_the_same_findings_and_the_secret_plays_no_part(tiny
 
 def test_methods_without_a_shared_or_a_personal_model_are_attacked_where_they_have_one(tiny: Tiny) -> None:
     for method, what in (("fedavg", SHARED_MODEL), ("local", PERSONAL_MODEL)):
-        found = membership(tiny(method=method, rounds=1), users=5, shadows=4, records=6, reuse=REUSE)
+        stages = Stages()
+        found = membership(
+            tiny(method=method, rounds=1), users=5, shadows=4, records=6, reporter=stages, reuse=REUSE
+        )  # fmt: skip
+        assert stages.told["shadow federations"] == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
         assert [(one.name, one.what) for one in found] == [(LOSS, what), (LIRA, what)]
     with pytest.raises(ConfigError, match="4 or more"):
         membership(tiny(), shadows=3)
@@ -242,7 +245,7 @@ def test_confidence_is_the_log_odds_of_the_truth() -> None:
     assert extreme[2] == pytest.approx(-800)
 
 
-@pytest.mark.parametrize("shadows", [9, audit.FEW + 1], ids=["one variance", "variance per record"])
+@pytest.mark.parametrize("shadows", [9, FEW + 1], ids=["one variance", "variance per record"])
 def test_the_ratio_is_that_of_two_normal_densities_fitted_to_the_others(shadows: int) -> None:
     seen, included = made_up(np.random.default_rng(0), shadows, 40, 1.0)
     found = leave_one_out(seen, included)
@@ -252,7 +255,7 @@ def test_the_ratio_is_that_of_two_normal_densities_fitted_to_the_others(shadows:
         for held in (True, False):
             values = [seen[others, i][included[others, i] == held] for i in range(40)]
             means = np.array([v.mean() if len(v) else np.nan for v in values])
-            if len(others) < audit.FEW:
+            if len(others) < FEW:
                 squares = sum(((v - v.mean()) ** 2).sum() for v in values if len(v))
                 variances = np.full(40, squares / sum(len(v) - 1 for v in values if len(v)))
             else:

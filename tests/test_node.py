@@ -179,7 +179,7 @@ def with_clients(world: World) -> tuple[Clients, Arrays, Ledger]:
     model = build_model(experiment, Reporter())
     directory = RunDirectory.create(world.folder / "cohort", world.config)
     kept = layout(world.config, experiment.plan, model).kept()
-    store = PersonalStore(directory.private / "rounds", USERS, kept)
+    store = PersonalStore(directory.private / "rounds", world.config.data.users, kept)
     server, clients = run_keys(KEY, result_text(world.config))
     made = Clients(world.config, experiment.plan, experiment.guarantee, model, store, clients)
     shared, ledger, _ = federate(experiment, made, directory, server, Reporter())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from opacus.accountants.analysis import rdp
 
 from fedpers.audit.bench import Bench, flat, slice_of
 from fedpers.audit.bounds import Finding
@@ -77,14 +75,6 @@ PERMITTED = {mode.trust: mode.methods for mode in guarantees(names("methods"))}
 def setup(tiny: Tiny, **changes: Any) -> Config:
     steps = {"batch_size": 4, "lr": {"adapter": 0.5, "head": 0.5}}
     return tiny(**{"rounds": 3, "local": steps, "personal": {"groups": "adapter+head"}, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def counted_once() -> Iterator[None]:
-    """Opacus's Renyi divergences are functions of a few numbers and most of the time here: once for each is enough."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rdp, "_compute_rdp", cache(rdp._compute_rdp))
-        yield
 
 
 def check(config: Config) -> list[Finding]:

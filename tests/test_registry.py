@@ -31,7 +31,9 @@ class Mine(Method):
 @pytest.fixture
 def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
     """Put a file beside the built-in methods."""
-    monkeypatch.setattr(fedpers.methods, "__path__", [*fedpers.methods.__path__, str(tmp_path)])
+    places = [*fedpers.methods.__path__, str(tmp_path)]
+    monkeypatch.setattr(fedpers.methods, "__path__", places)
+    monkeypatch.setattr(fedpers.methods.__spec__, "submodule_search_locations", places)
 
     def put(name: str, text: str) -> Path:
         path = tmp_path / f"{name}.py"

@@ -12,7 +12,8 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from fedpers.errors import ConfigError
-from fedpers.privacy.accounting import GaussianEvent, calibrate, epsilon, gaussian_epsilon
+from fedpers.privacy.accounting import GaussianEvent, epsilon, gaussian_epsilon
+from fedpers.privacy.calibration import calibrate
 from fedpers.privacy.renyi import RdpFilter, calibrate_fixed_size, choose_filter, fixed_size_epsilon
 
 # table 3.1 of the reference: clients drawn of 1000, noise deviation / clip, count, delta; dp-accounting's epsilon with

@@ -133,8 +133,8 @@ def test_the_written_configuration_is_resolved_and_holds_no_secret(fedper: Run) 
 def test_the_environment_names_versions_but_no_place_person_or_date(fedper: Run) -> None:
     text = (fedper.path / "environment.json").read_text()
     found = json.loads(text)
-    assert found.keys() == {"fedpers", "python", "system", "machine", "threads", "packages"}
-    assert found["threads"] == 1
+    assert found.keys() == {"fedpers", "python", "system", "machine", "threads", "device", "packages"}
+    assert (found["threads"], found["device"]) == (1, "cpu")
     assert {"torch", "flwr", "opacus", "dp-accounting"} <= found["packages"].keys()
     assert "/" not in text
     assert not re.search(r"\d{4}-\d{2}-\d{2}", text)

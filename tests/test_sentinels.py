@@ -98,6 +98,7 @@ class Search:
 
     words: dict[str, bytes]
     rows: list[NDArray[np.float32]] = field(default_factory=list)  # flat, each two numbers or more
+    _sorted: tuple[int, Any, Any] = (0, None, None)  # how many rows, and what is searched for of them
 
     def know(self, rows: Rows, public: Iterable[NDArray[np.float32]] = ()) -> None:
         """Search for these rows, too, but for numbers that are public anyway."""
@@ -117,22 +118,21 @@ class Search:
         """Name what is found."""
         found = [name for name, word in self.words.items() if word in data]
         if self.rows:
-            patterns = [np.lib.stride_tricks.sliding_window_view(row, 2) for row in self.rows]
-            single = np.concatenate([np.ascontiguousarray(two).view("<u8").ravel() for two in patterns])
-            double = np.concatenate(self.rows).astype("<f8").view("<u8")
-            if np.isin(_windows(data), np.concatenate([single, double])).any():
+            if len(self.rows) != self._sorted[0]:
+                self._sorted = (len(self.rows), *_patterns(self.rows))
+            _, eight, three = self._sorted
+            windows = _windows(data)
+            if (eight[np.searchsorted(eight[:-1], windows)] == windows).any():
                 found.append("personal numbers")
-            if self._written(data.decode("latin-1")):
+            if self._written(data.decode("latin-1"), three):
                 found.append("personal numbers as text")
         return found
 
-    def _written(self, text: str) -> bool:
+    def _written(self, text: str, three: NDArray[np.float64]) -> bool:
         """Whether three neighbours stand one after another, rounded as they may be to four decimals or more."""
-        three = np.concatenate([np.lib.stride_tricks.sliding_window_view(row, 3) for row in self.rows if row.size > 2])
-        three = three[np.argsort(three[:, 0])].astype(np.float64)
-        numbers = re.findall(r"-?\d+\.(\d{4,})(?:[eE]([-+]?\d+))?", text)
-        values = np.array([float(m) for m in re.findall(r"-?\d+\.\d{4,}(?:[eE][-+]?\d+)?", text)])
-        slack = np.array([0.51 * 10.0 ** (int(power or 0) - len(digits)) for digits, power in numbers])
+        numbers = re.findall(r"(-?\d+\.(\d{4,})(?:[eE]([-+]?\d+))?)", text)
+        values = np.array([float(number) for number, _, _ in numbers])
+        slack = np.array([0.51 * 10.0 ** (int(power or 0) - len(digits)) for _, digits, power in numbers])
         low = np.searchsorted(three[:, 0], values - slack)
         high = np.searchsorted(three[:, 0], values + slack)
         return any(
@@ -140,6 +140,15 @@ class Search:
             for at in np.flatnonzero(high > low)
             if at + 3 <= len(values)
         )
+
+
+def _patterns(rows: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
+    """Eight bytes that give numbers away: two as fp32, or one as fp64; and all three neighbours, by the first."""
+    pairs = [np.lib.stride_tricks.sliding_window_view(row, 2) for row in rows]
+    single = [np.ascontiguousarray(two).view("<u8").ravel() for two in pairs]
+    double = np.concatenate(rows).astype("<f8").view("<u8")
+    three = np.concatenate([np.lib.stride_tricks.sliding_window_view(row, 3) for row in rows if row.size > 2])
+    return np.unique(np.concatenate([*single, double])), three[np.argsort(three[:, 0])].astype(np.float64)
 
 
 def _windows(data: bytes) -> NDArray[np.uint64]:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from matplotlib.figure import Figure
@@ -358,6 +360,25 @@ def test_folders_on_an_axis_are_not_public() -> None:
         assert not {"home", "me", "relative"} & set(re.split(r"\W+", str(sweep_page._public({"data.path": value}))))
     assert sweep_page._public({"data": {"path": "hub:owner/name"}}) == {"data": {"path": "hub:owner/name"}}
     assert sweep_page._public({"model": {"backbone": "owner/name"}}) == {"model": {"backbone": "owner/name"}}
+
+
+def test_each_file_of_a_run_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[Path] = Counter()
+
+    def counting(plain: Any) -> Any:
+        def reading(path: Path, *rest: Any, **more: Any) -> Any:
+            read[Path(path)] += 1
+            return plain(path, *rest, **more)
+
+        return reading
+
+    for kind, name in ((Path, "read_text"), (Path, "read_bytes"), (pq, "read_table")):
+        monkeypatch.setattr(kind, name, counting(getattr(kind, name)))
+    write_sweep_report(copy)
+    names = ["claim.json", "config.yaml", "ledger.jsonl", "rounds.parquet", "summary.json", "users.parquet"]
+    of_runs = {path: times for path, times in read.items() if path.parent.parent == copy / "cells"}
+    assert {path.name: times for path, times in of_runs.items() if path.name in names} == dict.fromkeys(names, 1)
+    assert len([path for path in of_runs if path.name in names]) == 10 * len(names)
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from conftest import Stages
 from fedpers import registry
 from fedpers.config import Config
 from fedpers.data.base import Federation, load
@@ -116,7 +117,9 @@ def test_an_own_model_that_learnt_its_user_writes_as_its_user(fitted: Run, tmp_p
 
 def test_batches_write_what_single_prompts_do(fitted: Run, tmp_path: Path) -> None:
     """Each kind is the model that its name says, and neither padding nor whom else a batch holds plays a part."""
-    write_texts(fitted.path, tmp_path / "out", users=5, tokens=6)
+    stages = Stages()
+    write_texts(fitted.path, tmp_path / "out", users=5, tokens=6, reporter=stages)
+    assert stages.told["models that write"] == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
     table = pq.read_table(tmp_path / "out" / "written.parquet").to_pandas().set_index(["user", "kind"])
     partner = prepare(open_run(fitted.path).config).swap
     assert partner is not None

@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -19,6 +19,9 @@ from fedpers.data_cli import app as data_app
 from fedpers.errors import FedpersError
 from fedpers.models.assets_cli import app as assets_app
 from fedpers.sweep_cli import sweep
+
+if TYPE_CHECKING:
+    from fedpers.config import Config
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -54,12 +57,13 @@ def run(
 
     CONFIG is a YAML file, see configs/; OVERRIDES are changes to it: fedpers run configs/quickstart.yaml rounds=3
     """
-    from fedpers.config import load_config
     from fedpers.reporting import reporter
+    from fedpers.run_place import place_of_run
     from fedpers.tracking import check_names
 
     check_names(track or ())
-    settings = load_config(config, overrides or [])  # before torch is imported: a typo is answered at once
+    settings = _settings(config, overrides)
+    place_of_run(out, settings.name, resume)
     try:
         from fedpers.simulation import simulate
 
@@ -95,9 +99,7 @@ def methods(
 @privacy_app.command("plan")
 def privacy_plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print noise multiplier and noise against signal, before any training."""
-    from fedpers.config import load_config
-
-    settings = load_config(config, overrides or [])
+    settings = _settings(config, overrides)
     from fedpers.experiment import prepare, shared_sizes
     from fedpers.privacy.planned import plan_notes, plan_table
 
@@ -135,15 +137,15 @@ def audit(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
 ) -> None:
     """Attack the claim: checks, canaries, membership, inversion; exit code 1 if it is found to be false."""
-    from fedpers.config import load_config
     from fedpers.reporting import reporter
+    from fedpers.run_place import check_empty, free_directory
 
-    settings = load_config(config, overrides or [])
+    settings = _settings(config, overrides)
+    place = out or free_directory(f"{settings.name}-audit")
+    check_empty(place)
     from fedpers.audit.command import audit as run_audit
     from fedpers.audit.command import print_audit
-    from fedpers.simulation import free_directory
 
-    place = out or free_directory(Path("runs"), f"{settings.name}-audit")
     with closing(reporter(Console(stderr=True), quiet)) as progress:
         found = run_audit(settings, place, probe_only=probe, reporter=progress)
     print_audit(found, place, Console())
@@ -171,6 +173,16 @@ def export(
 
 for command in (sweep, *report_cli.COMMANDS, *personalize_cli.COMMANDS):
     app.command()(command)
+
+
+def _settings(config: Path, overrides: list[str] | None) -> Config:
+    """Read a configuration and look for what it names, before torch is imported: a mistake is answered at once."""
+    from fedpers.config import load_config
+    from fedpers.registry import check_named
+
+    settings = load_config(config, overrides or [])
+    check_named(settings)
+    return settings
 
 
 def _print_guarantees(known: list[str], markdown: bool) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from fedpers.cohort.model import CohortModel
 from fedpers.config import Family
 from fedpers.data.base import Federation, everybody, load
-from fedpers.errors import ConfigError, RunDirectoryError
+from fedpers.errors import ConfigError
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import write_table
 from fedpers.evaluation.statistics import Floats, Interval, compare, mean_interval
@@ -24,6 +24,7 @@ from fedpers.personalize import fit_at_home, newcomer_plan
 from fedpers.plan import Plan
 from fedpers.privacy.randomness import seed_key
 from fedpers.reporting import Reporter
+from fedpers.run_place import check_new
 from fedpers.tasks.base import Task
 
 COUNTS = (0, 1, 2, 4, 8, 16, 32)
@@ -86,8 +87,7 @@ def cold_start(
         ConfigError: nobody is left whom the run did not have, or a method without anything for somebody new.
         RunDirectoryError: `out` exists.
     """
-    if out.exists():
-        raise RunDirectoryError(f"{out} exists already; choose a new directory with --out.")
+    check_new(out)
     if not counts or min(counts) < 0:
         raise ConfigError(f"records {', '.join(map(str, counts))}: expected numbers from 0 on.")
     run, reporter = open_run(run_dir), reporter or Reporter()
@@ -99,12 +99,12 @@ def cold_start(
     fixed = {
         "shared": evaluation.common(model, run.shared, "shared"), "zero_shot": evaluation.common(model, {}, "initial"),
     }  # fmt: skip
-    people = range(len(federation.users))
+    people, sizes = range(len(federation.users)), sorted(set(counts))
+    reporter.stage("records of somebody new", 0, len(sizes))
     values = _values(task, evaluation.measure(model, people, fixed))
     rows: list[dict[str, object]] = []
     points = []
-    for done, count in enumerate(sorted(set(counts))):
-        reporter.stage("records of somebody new", done, len(set(counts)))
+    for done, count in enumerate(sizes, start=1):
         kinds = {
             "own": _fitted(run, plan, model, count, run.wire, f"own{count}"),
             "local": _fitted(run, local, model, count, {}, f"local{count}"),
@@ -115,6 +115,7 @@ def cold_start(
             for kind in KINDS for user, value in enumerate(found[kind])
         ]  # fmt: skip
         points.append(_point(count, found, values["shared"], task.higher_is_better, model, run.config.seed))
+        reporter.stage("records of somebody new", done, len(sizes))
     shared, zero = (float(values[kind].mean()) for kind in ("shared", "zero_shot"))
     curve = ColdStart(len(federation.users), task.metric, task.higher_is_better, shared, zero, tuple(points))
     out.mkdir(parents=True, mode=0o700)  # metrics of single people are private

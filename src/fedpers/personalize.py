@@ -7,6 +7,7 @@ user. As in a run, what the frozen part of the backbone makes of the texts is le
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +36,7 @@ from fedpers.models.backbone import public_name
 from fedpers.plan import Plan
 from fedpers.privacy.randomness import seed_key
 from fedpers.reporting import Reporter
+from fedpers.run_place import check_new
 from fedpers.tasks.base import Examples
 
 PRIVATE = "private to the user whose records it was fitted to: no claim covers it, so it must not be shown to others"
@@ -77,8 +79,7 @@ def personalize(
     """
     if not 0 <= test < 1:
         raise ConfigError(f"--test {test:g}: expected a share from 0 to below 1.")
-    if out.exists():
-        raise RunDirectoryError(f"{out} exists already; choose a new directory with --out.")
+    check_new(out)
     run = open_run(run_dir)
     plan = newcomer_plan(run.plan, groups)
     records = read_records(user_data, optional_input=run.task.causal)
@@ -92,11 +93,7 @@ def personalize(
     if held:
         mine = evaluation.Kind(lambda _: fitted, "own")
         own, common = measure(model, {"own": mine, "shared": evaluation.common(model, run.shared, "shared")})
-    try:
-        out.mkdir(parents=True, mode=0o700)
-        save_shared(model, out, {name: fitted[name][0].numpy() for name in model.layers})
-    except OSError as error:
-        raise RunDirectoryError(f"{out}: cannot be written ({error.strerror}).") from error
+    write_own(model, fitted, out)
     about = {
         "run": run.config.name,
         "made_on": run.mark,
@@ -160,6 +157,24 @@ def fit_at_home(
         clients = Clients(run.config, plan, nothing_released(run), model, store, seed_key(run.config.seed))
         clients.examples = examples
         parts = [fitted for _, fitted in clients.finish(range(users), start, None)]
+    check_finite(clients)
+    return {name: torch.cat([part[name] for part in parts]) for name in model.layers}
+
+
+def check_finite(clients: Clients) -> None:
+    """Raise ConfigError if training at home went to numbers that are not finite."""
     if clients.nonfinite_updates:
         raise ConfigError("training at home went to numbers that are not finite; run again with a lower personal.lr.")
-    return {name: torch.cat([part[name] for part in parts]) for name in model.layers}
+
+
+def write_own(model: CohortModel, own: Mapping[str, torch.Tensor], out: Path) -> None:
+    """Write one user's own model, each array (1, out, in), as PEFT's files with the head beside them.
+
+    Raises:
+        RunDirectoryError: `out` exists or cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, mode=0o700)
+        save_shared(model, out, {name: own[name][0].numpy() for name in model.layers})
+    except OSError as error:
+        raise RunDirectoryError(f"{out}: cannot be written ({error.strerror}); choose a new directory.") from error

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpers.errors import ConfigError
+from fedpers.run_place import new_directory
 
 if TYPE_CHECKING:
     from fedpers.config import Family
@@ -45,12 +46,11 @@ def personalize(
 ) -> None:
     """Fit a personal model to a new user's records, on top of a finished run."""
     wanted = _families(groups)
+    place = new_directory(out, f"{run_directory.resolve().name}-personal")
     from fedpers import personalize as use
     from fedpers.evaluation.statistics import MINIMUM_RECORDS
     from fedpers.models.assets import cache_dir
-    from fedpers.simulation import free_directory
 
-    place = out or free_directory(Path("runs"), f"{run_directory.resolve().name}-personal")
     with _reporting(quiet) as progress:
         found = use.personalize(run_directory, user_data, place, groups=wanted, test=test, reporter=progress)
     out_ = Console()
@@ -145,10 +145,9 @@ def cold_start(
     wanted = _families(groups)
     if not all(part.strip().isdecimal() for part in records.split(",")):
         raise ConfigError(f"--records {records}: expected numbers with commas between, as 0,1,2,4.")
+    place = new_directory(out, f"{run_directory.resolve().name}-cold-start")
     from fedpers import cold_start as use
-    from fedpers.simulation import free_directory
 
-    place = out or free_directory(Path("runs"), f"{run_directory.resolve().name}-cold-start")
     with _reporting(quiet) as progress:
         curve = use.cold_start(
             run_directory, place, counts=tuple(map(int, records.split(","))), users=users, groups=wanted,
@@ -179,11 +178,10 @@ def write(
     quiet: Quiet = False,
 ) -> None:
     """Let a language-model run's models answer members' test records, and score the answers; no text is kept."""
+    place = new_directory(out, f"{run_directory.resolve().name}-written")
     from fedpers import write_texts as use
     from fedpers.models.assets import cache_dir
-    from fedpers.simulation import free_directory
 
-    place = out or free_directory(Path("runs"), f"{run_directory.resolve().name}-written")
     with _reporting(quiet) as progress:
         found = use.write_texts(run_directory, place, users=users, tokens=tokens, reporter=progress)
     table = Table(

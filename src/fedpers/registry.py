@@ -9,7 +9,7 @@ in a notebook or a script is added by `register`, for as long as the process run
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -20,9 +20,12 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fedpers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedpers.config import Config
 
 KEYS = {"methods": "method", "tasks": "task.name", "data": "data.name"}  # where the configuration names an entry
 BASES = {"methods": "Method", "tasks": "Task", "data": "Source"}  # each in the module `base` of its package
@@ -89,11 +92,7 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
     for point in entry_points(group=f"fedpers.{kind}"):
         if point.name == name:
             return _load(kind, point, base)
-    known = names(kind)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"{KEYS[kind]} = {name!r}: unknown; {hint}known: {', '.join(known)}.")
+    _check_known(kind, name)
     path = f"fedpers.{kind}.{name.replace('-', '_')}"
     with _told(path):
         module = importlib.import_module(path)
@@ -103,6 +102,25 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
         said = ", ".join(c.__name__ for c in found) or "none"
         raise ConfigError(f"{module.__name__}: expected one subclass of {base.__name__}, found {said}; one file each.")
     return found[0]
+
+
+def check_named(*configs: Config) -> None:
+    """Raise ConfigError unless there are entries of all the names in these configurations; imports none of them."""
+    named: dict[tuple[str, str], None] = {}
+    for config in configs:
+        methods = (config.method, *(config.frontier.methods if config.frontier else ()))
+        named |= {("methods", name): None for name in methods}
+        named |= {("tasks", config.task.name): None, ("data", config.data.name): None}
+    for kind, name in named:
+        _check_known(kind, name)
+
+
+def _check_known(kind: str, name: str) -> None:
+    known = names(kind)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"{KEYS[kind]} = {name!r}: unknown; {hint}known: {', '.join(known)}.")
 
 
 def source_of(entry: type) -> str:
@@ -141,8 +159,9 @@ def _told(where: str) -> Iterator[None]:
 
 def _built_in(kind: str) -> set[str]:
     """Names of the modules of a package; each has to be one that a name can be made of."""
-    package = importlib.import_module(f"fedpers.{kind}")
-    files = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"]
+    package = importlib.util.find_spec(f"fedpers.{kind}")  # not imported: a wrong name is told before torch is there
+    assert package is not None
+    files = [one.name for one in pkgutil.iter_modules(package.submodule_search_locations) if one.name != "base"]
     if odd := [file for file in files if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", file)]:
         raise ConfigError(
             f"fedpers.{kind}: {odd[0]}.py: a file is named like its entry, in small letters and digits with _ for -; "

@@ -26,7 +26,7 @@ def report(
     write = write_report
     if is_sweep(run_directory):
         write = write_sweep_report
-        typer.echo("making tables and figures of all runs, a minute or two ...", err=True)
+        typer.echo("making tables and figures of all runs, a second or two for each ...", err=True)
     typer.echo(write(run_directory, out, public=public))
 
 

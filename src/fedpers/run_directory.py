@@ -32,10 +32,10 @@ from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
 from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.ledger_lines import Secret
 from fedpers.privacy.randomness import secret_key
+from fedpers.run_place import RunPlace
 
 MEMBERS = "members.json"  # ids by number, in the private part
 Arrays = Mapping[str, NDArray[Any]]
-_FIRST = {"private", "environment.json", ".environment.json.partial", ".config.yaml.partial"}  # before a run counts
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Checkpoint:
     history: list[dict[str, Any]]  # a row per round, for rounds.parquet
 
 
-class RunDirectory:
+class RunDirectory(RunPlace):
     """The files of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self.private = path / "private"
         self.ledger = path / "ledger.jsonl"
         self.figures = path / "figures"
@@ -116,25 +116,6 @@ class RunDirectory:
             return from_json(path.read_text(encoding="utf-8"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path) from error
-
-    @property
-    def started(self) -> bool:
-        """Whether there is a run to continue; config.yaml is the first file that counts."""
-        return (self.path / "config.yaml").exists()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run came to its end; summary.json is written last."""
-        return (self.path / "summary.json").exists()
-
-    def check_free(self) -> None:
-        """Raise RunDirectoryError unless a new run may be written here."""
-        if self.path.exists() and not self.path.is_dir():
-            raise RunDirectoryError(f"{self.path} is a file; choose a new directory with --out.")
-        if self.started or (self.path.exists() and any(item.name not in _FIRST for item in self.path.iterdir())):
-            raise RunDirectoryError(
-                f"{self.path} holds another run; continue it with --resume, or choose a new directory with --out."
-            )
 
     def has_ledger(self) -> bool:
         """Whether the ledger has its opening line; what a run killed while writing that line left is dropped."""
@@ -260,6 +241,7 @@ def environment(config: Config) -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "threads": config.engine.threads,
+        "device": config.engine.device,
         "packages": {name: version(name) for name in packages},
     }
 

@@ -39,6 +39,7 @@ from fedpers.privacy.randomness import run_keys
 from fedpers.reporting import Reporter
 from fedpers.rounds import federate
 from fedpers.run_directory import RunDirectory
+from fedpers.run_place import place_of_run
 from fedpers.summary import headline
 from fedpers.tracking.base import Tracker, Tracking
 
@@ -72,6 +73,7 @@ class Run:
     config: Config
     claim: Claim
     summary: dict[str, Any]
+    ledger: Ledger
     forecast: Forecast | None = None  # of a larger federation; never this run's guarantee
 
     @property
@@ -134,6 +136,7 @@ def _simulate(
     config: Config, out: Path | str | None, resume: bool, reporter: Reporter, reuse: Reuse, tracking: Tracking
 ) -> Run:
     began = time.monotonic()
+    place = place_of_run(out, config.name, resume)
     experiment = prepare(config, reuse)
     refused = frontier.check(config, lambda cell: prepare(cell, reuse)) if config.frontier else {}
     if config.frontier is not None and config.method not in config.frontier.methods:
@@ -141,9 +144,7 @@ def _simulate(
         reporter.message(f"no picture: frontier.methods is {drawn}; frontier.methods=[{config.method}] draws this one")
         config = config.model_copy(update={"frontier": None})
         experiment = replace(experiment, config=config)
-    directory = _open(
-        config, Path(out) if out is not None else free_directory(Path("runs"), config.name, resume), resume
-    )
+    directory = RunDirectory.reopen(place.path, config) if place.started else RunDirectory(place.path)
     if directory.finished:
         reporter.message(f"{directory.path}: this run is finished already")
         return load(directory.path, config)
@@ -200,7 +201,7 @@ def _simulate(
     directory.note_time("run", time.monotonic() - began)
     summary = headline(experiment, claim, result, history, directory.seconds())
     directory.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
-    return Run(directory.path, config, claim, summary, forecast)
+    return Run(directory.path, config, claim, summary, ledger, forecast)
 
 
 def load(path: Path, config: Config) -> Run:
@@ -208,7 +209,7 @@ def load(path: Path, config: Config) -> Run:
     ledger = Ledger.load(path / "ledger.jsonl")
     claim = reread(Claim.from_json((path / "claim.json").read_bytes()), ledger)
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    return Run(path, config, claim, summary, forecast_from(ledger))
+    return Run(path, config, claim, summary, ledger, forecast_from(ledger))
 
 
 def _cell(config: Config, path: Path, reporter: Reporter, reuse: Reuse) -> frontier.Outcome:
@@ -248,25 +249,6 @@ def _train_at_home(
     if experiment.swap is not None:
         kinds["swap"] = evaluation.swapped(kinds["own"], experiment.swap)
     return kinds
-
-
-def _open(config: Config, path: Path, resume: bool) -> RunDirectory:
-    """Find the run to continue, or a place for a new one; writes nothing."""
-    directory = RunDirectory(path)
-    if resume and directory.started:
-        return RunDirectory.reopen(path, config)
-    directory.check_free()
-    return directory
-
-
-def free_directory(parent: Path, name: str, resume: bool = False) -> Path:
-    """Return `parent/NAME`, or the first free `NAME-2`, `NAME-3`, ...; to resume, the latest that was stopped."""
-    names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
-    first = next(index for index, one in enumerate(names) if not (parent / one).exists())
-    if not resume or first == 0:
-        return parent / names[first]
-    stopped = [one for one in names[:first] if not RunDirectory(parent / one).finished]
-    return parent / (stopped or names[:first])[-1]
 
 
 def _people(experiment: Experiment) -> str:

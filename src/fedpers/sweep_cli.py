@@ -38,16 +38,20 @@ def sweep(
 
     GRID is a grid file, see docs/sweeps.md and configs/frontier.yaml; OVERRIDES are changes to its base, as rounds=2.
     """
+    from fedpers.registry import check_named
     from fedpers.reporting import reporter
+    from fedpers.sweep import place
     from fedpers.sweep.grid import read_grid
 
-    found = read_grid(grid, overrides or [])  # before torch is imported: a typo is answered at once
-    place = out or Path("runs") / found.name
-    try:
+    found = read_grid(grid, overrides or [])
+    check_named(*(cell.config for cell in found.runs))
+    where = out or Path("runs") / found.name
+    place.check(where)
+    try:  # from here on torch is imported: what comes before is answered at once
         from fedpers.sweep.runner import sweep as run
 
         with closing(reporter(Console(stderr=True), quiet)) as progress:
-            done = run(found, place, jobs=jobs, reporter=progress)
+            done = run(found, where, jobs=jobs, reporter=progress)
     except KeyboardInterrupt:
         typer.echo("fedpers: stopped; continue with the same command.", err=True)
         raise typer.Exit(130) from None

@@ -20,7 +20,7 @@ from fedpers.cohort.batching import Index, microbatches
 from fedpers.cohort.model import CohortModel, Parameters
 from fedpers.data.base import Federation
 from fedpers.decoding import with_room, write
-from fedpers.errors import ConfigError, DataError, RunDirectoryError
+from fedpers.errors import ConfigError, DataError
 from fedpers.evaluation import models as evaluation
 from fedpers.evaluation.per_user import write_table
 from fedpers.evaluation.statistics import Floats, Interval, compare, mean_interval
@@ -37,6 +37,7 @@ from fedpers.finished_run import (
     plan_of,
 )
 from fedpers.reporting import Reporter
+from fedpers.run_place import check_new
 from fedpers.tasks.base import Examples, examples_of
 
 COHORT = 64  # people whose models are in memory at a time
@@ -84,8 +85,7 @@ def write_texts(
         DataError: the data source has other people today than the run had.
         RunDirectoryError: `out` exists, or the run lacks what its members' models need.
     """
-    if out.exists():
-        raise RunDirectoryError(f"{out} exists already; choose a new directory with --out.")
+    check_new(out)
     if users is not None and users < 1:
         raise ConfigError(f"--users {users}: expected 1 or more.")
     run, reporter = open_run(run_dir), reporter or Reporter()
@@ -99,11 +99,12 @@ def write_texts(
     model = _model(short, federation, replace(examples, continuations=("",) * len(records)), own, reporter)
     kinds = _kinds(run, model, own, people, experiment.swap or {})
     values: dict[str, dict[str, Floats]] = {}
-    for done, (kind, one) in enumerate(kinds.items()):
-        reporter.stage("models that write", done, len(kinds))
+    reporter.stage("models that write", 0, len(kinds))
+    for done, (kind, one) in enumerate(kinds.items(), start=1):
         said = _answers(model, one, tokens)
         found = scores([(text, record.target) for text, record in zip(said, records, strict=True)])
         values[kind] = {name: _per_user(found[name], examples) for name in names}
+        reporter.stage("models that write", done, len(kinds))
     result = _summary(values, np.array([len(rows) for rows in examples.test]), tokens, run.config.seed)
     out.mkdir(parents=True, mode=0o700)  # metrics of single people are private
     write_table(pa.Table.from_pylist(_rows(values, federation, people)), out / "written.parquet")

@@ -20,7 +20,8 @@ from fedpers.audit.canaries_guessing import CONFIDENCE
 from fedpers.cohort.linear import Owners
 from fedpers.cohort.optimizer import CohortDPOptimizer
 from fedpers.errors import ConfigError
-from fedpers.privacy.accounting import calibrate_gaussian, gaussian_epsilon
+from fedpers.privacy.accounting import gaussian_epsilon
+from fedpers.privacy.calibration import calibrate_gaussian
 from fedpers.privacy.guarantee import Guarantee
 from fedpers.privacy.ledger_lines import SENSITIVITY
 from fedpers.privacy.mechanisms import clip_update, noise_share

@@ -15,6 +15,7 @@ from fedpers.config.run import Config
 from fedpers.errors import ConfigError
 
 GRID_KEYS = {"product", "zip", "variants"}  # keys of a grid file (sweep/grid.py) and of no configuration
+_OPTIONS = {"out", "resume", "quiet", "track", "jobs", "probe"}  # of the command line
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -93,6 +94,13 @@ def _explain(item: dict[str, Any], where: str) -> str:
     if item["type"] == "extra_forbidden":
         if path[0] == "model" and path[-1] in REFUSED:
             return f"{where}: {key!r} is refused, leave it out: {REFUSED[path[-1]]}."
+        if key in _OPTIONS:
+            return f"{where}: {key!r} is no key but an option of the command line; write --{key}."
+        if key in GRID_KEYS:
+            return (
+                f"{where}: {key!r} is a key of a grid file, which `fedpers sweep` reads (docs/sweeps.md); one run "
+                "takes one value of each key, as in seed=1."
+            )
         allowed = _keys_at(path[:-1])
         near = difflib.get_close_matches(path[-1], allowed, 1)
         near = [".".join([*path[:-1], one]) for one in near]
@@ -131,7 +139,7 @@ def result_text(config: Config) -> str:
     named = config.model_copy(update=parts)
     left_out: dict[str, bool | set[str]] = {
         "name": True,
-        "engine": {"cohort_size", "token_budget", "tune", "threads"},
+        "engine": {"cohort_size", "token_budget", "tune", "threads", "device"},
         "evaluation": True,
         "frontier": True,
         "data": {"lazy"},

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedpers.cohort.saving import save_shared
 from fedpers.config import Config
 from fedpers.errors import ConfigError, FedpersError, RunDirectoryError
 from fedpers.evaluation import models as evaluation
@@ -25,7 +24,9 @@ from fedpers.flower.node import Node, alone
 from fedpers.flower.node_file import place_of
 from fedpers.models.array_names import base_name
 from fedpers.models.backbone import public_name
+from fedpers.personalize import check_finite, write_own
 from fedpers.run_directory import RunDirectory
+from fedpers.run_place import check_new
 
 
 def train_at_home(file: Path, run: Path, out: Path) -> dict[str, dict[str, float]]:
@@ -38,6 +39,7 @@ def train_at_home(file: Path, run: Path, out: Path) -> dict[str, dict[str, float
         RunDirectoryError: the run is not there or another's, or `out` exists or cannot be written.
         Refused: the node's state was begun for another configuration or other records.
     """
+    check_new(out)
     place = place_of(file)
     experiment = prepare(place.config, federation=place.federation)
     if not experiment.plan.personal:
@@ -54,13 +56,8 @@ def train_at_home(file: Path, run: Path, out: Path) -> dict[str, dict[str, float
         if _about(given.config) != _about(place.config) or found_there != sent:
             raise RunDirectoryError(f"{run}: not the run that this node takes part in; name that one.")
         ((_, own),) = clients.finish([place.position], given.wire, clients.store)
-    if clients.nonfinite_updates:
-        raise ConfigError("training at home went to numbers that are not finite; run again with a lower personal.lr.")
-    try:
-        out.mkdir(parents=True, mode=0o700)
-        save_shared(clients.model, out, {name: own[name][0].numpy() for name in clients.model.layers})
-    except OSError as error:
-        raise RunDirectoryError(f"{out}: cannot be written ({error.strerror}); choose a new directory.") from error
+    check_finite(clients)
+    write_own(clients.model, own, out)
     common = clients.layout.common(given.wire)
     kinds = {
         "own": evaluation.Kind(lambda _: own, "own"),

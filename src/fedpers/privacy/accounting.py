@@ -12,7 +12,7 @@ multipliers are relative to the clip under both; the doubling is done here, neve
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,8 +25,6 @@ from scipy.special import erfcx, log_ndtr
 
 from fedpers.errors import ConfigError
 
-_STEPS_PER_UNIT = 10_000  # calibrated noise multipliers have four decimals
-_NOISE_RANGE = (0.01, 1e6)  # noise multipliers that calibration tries
 _SMALLEST_GRID_NOISE = 1e-3  # noise multiplier; with less, losses reach 5e5 and more and dp-accounting overflows
 _PRV_MAX_GRID = 4_000_000  # points; beyond it Opacus's PRV accountant takes gigabytes for a second opinion
 
@@ -72,13 +70,13 @@ def epsilon(events: Iterable[GaussianEvent], delta: float, *, replace_one: bool 
     Raises:
         ConfigError: `delta` is not in (0, 1).
     """
-    _check_delta_range(delta)
+    check_delta_range(delta)
     merged = merge_events(events)
     if not merged:
         return 0.0
     if any(event.noise_multiplier == 0 for event in merged):
         return math.inf
-    return _finite_epsilon(merged, delta, 1.0, replace_one)
+    return finite_epsilon(merged, delta, 1.0, replace_one)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -97,7 +95,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     Raises:
         ConfigError: `mu` is negative or not a number, or `delta` is not in (0, 1).
     """
-    _check_delta_range(delta)
+    check_delta_range(delta)
     if not mu >= 0:
         raise ConfigError(f"mu, sensitivity over noise, must be 0 or more, not {mu}.")
     log_delta = math.log(delta)
@@ -119,28 +117,6 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(brentq(excess, 0.0, upper, xtol=tolerance)) * (1 + 1e-12) + tolerance
 
 
-def calibrate_gaussian(target_epsilon: float, delta: float, sensitivity: float) -> float:
-    """Smallest noise multiplier, in steps of 1e-4, of one Gaussian release without sampling.
-
-    Args:
-        target_epsilon: Upper limit of epsilon, positive and finite.
-        delta: Target delta, in (0, 1).
-        sensitivity: L2 sensitivity in units of the clip, positive: 1 if the unit is zeroed out once, 2 if it is
-            replaced, the root of k for k releases it takes part in, and so on.
-
-    Returns:
-        z, noise deviation over clip, with `gaussian_epsilon(sensitivity / z, delta) <= target_epsilon`.
-
-    Raises:
-        ConfigError: A value is out of its range, or no noise multiplier up to 1e6 reaches the target.
-    """
-    check_target(target_epsilon, delta)
-    if not (math.isfinite(sensitivity) and sensitivity > 0):
-        raise ConfigError(f"sensitivity must be a positive number of clips, not {sensitivity}.")
-    guess = sensitivity * math.sqrt(2 * math.log(2 / delta)) / target_epsilon
-    return smallest_noise_multiplier(lambda z: gaussian_epsilon(sensitivity / z, delta) <= target_epsilon, guess)
-
-
 def cross_check(events: Iterable[GaussianEvent], delta: float) -> dict[str, float]:
     """Add/remove epsilon by Opacus's accountants, `{"rdp": ..., "prv": ...}`: a comparison and never a claim.
 
@@ -151,7 +127,7 @@ def cross_check(events: Iterable[GaussianEvent], delta: float) -> dict[str, floa
     Raises:
         ConfigError: `delta` is not in (0, 1).
     """
-    _check_delta_range(delta)
+    check_delta_range(delta)
     merged = merge_events(events)
     if not merged:
         return {"rdp": 0.0, "prv": 0.0}
@@ -182,75 +158,8 @@ def _opinions(merged: tuple[GaussianEvent, ...], delta: float) -> dict[str, floa
     return opinions
 
 
-def calibrate(target_epsilon: float, delta: float, sampling_rate: float, count: int) -> float:
-    """Smallest noise multiplier, in steps of 1e-4, whose `epsilon` is at most `target_epsilon`.
-
-    Takes about half a second; two or three for rates of 1e-3 and less.
-
-    Args:
-        target_epsilon: Upper limit of epsilon, positive and finite.
-        delta: Target delta, in (0, 1).
-        sampling_rate: Poisson rate of the protected unit, in (0, 1].
-        count: Number of noised releases of the whole run (all rounds together), 1 or more.
-
-    Raises:
-        ConfigError: A value is out of its range, or no noise multiplier between 0.01 and 1e6 reaches the target.
-    """
-    check_target(target_epsilon, delta)
-    if count < 1:
-        raise ConfigError(f"count must be 1 or more to calibrate noise, not {count}.")
-
-    def spent(noise_multiplier: float, coarseness: float) -> float:
-        return _finite_epsilon((GaussianEvent(noise_multiplier, sampling_rate, count),), delta, coarseness, False)
-
-    coarse = 10.0
-    low = high = 1.0
-    while spent(high, coarse) > target_epsilon:
-        low, high = high, 2 * high
-        if high > _NOISE_RANGE[1]:
-            raise ConfigError(f"no noise multiplier up to {high:g} reaches epsilon {target_epsilon} at delta {delta}.")
-    while spent(low, coarse) <= target_epsilon:
-        low, high = low / 2, low
-        if low < _NOISE_RANGE[0]:
-            raise ConfigError(f"epsilon {target_epsilon} is hardly any privacy; ask for none or for a smaller epsilon.")
-    log_noise = brentq(lambda x: spent(math.exp(x), coarse) - target_epsilon, math.log(low), math.log(high), xtol=0.01)
-    guess = math.exp(float(log_noise))
-    slope = math.log(spent(guess * 1.02, coarse) / spent(guess, coarse)) / math.log(1.02)
-    for _ in range(2):  # Newton on log-log scale, where epsilon over noise is almost a straight line
-        guess *= (target_epsilon / spent(guess, 1.0)) ** (1 / slope)
-    return smallest_noise_multiplier(lambda z: spent(z, 1.0) <= target_epsilon, guess)
-
-
-def smallest_noise_multiplier(holds: Callable[[float], bool], guess: float) -> float:
-    """Smallest positive multiple of 1e-4 for which a condition holds that more noise can only help.
-
-    Args:
-        holds: The condition on a noise multiplier.
-        guess: Where the search starts; the closer, the fewer calls.
-
-    Raises:
-        ConfigError: It does not hold at a noise multiplier of 1e6.
-    """
-    most = int(_NOISE_RANGE[1]) * _STEPS_PER_UNIT
-    start = max(1, math.ceil(min(guess * _STEPS_PER_UNIT, most)))
-    steps = _smallest(lambda n: n > most or holds(n / _STEPS_PER_UNIT), start)
-    if steps > most:
-        raise ConfigError(f"no noise multiplier up to {_NOISE_RANGE[1]:g} is enough; allow a larger epsilon or delta.")
-    return steps / _STEPS_PER_UNIT
-
-
-def check_target(target_epsilon: float, delta: float) -> None:
-    """A target that noise can be calibrated to: epsilon positive and finite, delta in (0, 1).
-
-    Raises:
-        ConfigError: It is not.
-    """
-    if not (math.isfinite(target_epsilon) and target_epsilon > 0):
-        raise ConfigError(f"target epsilon must be positive and finite, not {target_epsilon}.")
-    _check_delta_range(delta)
-
-
-def _check_delta_range(delta: float) -> None:
+def check_delta_range(delta: float) -> None:
+    """Raise ConfigError unless delta is in (0, 1)."""
     if not 0 < delta < 1:
         raise ConfigError(f"delta must be in (0, 1), not {delta}.")
 
@@ -266,7 +175,7 @@ def merge_events(events: Iterable[GaussianEvent]) -> tuple[GaussianEvent, ...]:
 
 
 @lru_cache(maxsize=4096)  # many clients share a history, and a display asks again each round
-def _finite_epsilon(events: tuple[GaussianEvent, ...], delta: float, coarseness: float, replace_one: bool) -> float:
+def finite_epsilon(events: tuple[GaussianEvent, ...], delta: float, coarseness: float, replace_one: bool) -> float:
     """Epsilon of merged events that all have noise; `coarseness` > 1 is faster and a looser upper bound.
 
     Forgetting about sampling gives an upper bound too. A sampled release is a mixture over the unit's coin of the
@@ -329,21 +238,3 @@ def _widest(event: GaussianEvent) -> float:
     q, z = event.sampling_rate, event.noise_multiplier
     largest = 9 / z + 0.5 / z**2
     return largest + math.log(q) if largest > 700 else math.log1p(q * math.expm1(largest))
-
-
-def _smallest(holds: Callable[[int], bool], guess: int) -> int:
-    """Smallest positive integer for which a monotone condition holds, starting near it."""
-    stride, low, high = 1, guess - 1, guess
-    if holds(guess):
-        while low > 0 and holds(low):
-            stride *= 2
-            low, high = max(low - stride, 0), low
-    else:
-        low, high = guess, guess + 1
-        while not holds(high):
-            stride *= 2
-            low, high = high, high + stride
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high

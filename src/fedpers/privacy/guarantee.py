@@ -15,8 +15,8 @@ from fedpers.config import Config, Trust, Unit
 from fedpers.errors import ConfigError
 from fedpers.methods.base import PERSONAL
 from fedpers.plan import HALVES, Plan, alias
-from fedpers.privacy.accounting import calibrate, calibrate_gaussian
 from fedpers.privacy.adaptive_clip import AdaptiveClip, split_noise
+from fedpers.privacy.calibration import calibrate, calibrate_gaussian
 from fedpers.privacy.claim import check_delta
 from fedpers.privacy.dataflow import feedback, memories
 from fedpers.privacy.ledger_lines import (

@@ -16,14 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from fedpers.errors import ConfigError
-from fedpers.privacy.accounting import (
-    GaussianEvent,
-    calibrate_gaussian,
-    check_target,
-    gaussian_epsilon,
-    merge_events,
-    smallest_noise_multiplier,
-)
+from fedpers.privacy.accounting import GaussianEvent, gaussian_epsilon, merge_events
+from fedpers.privacy.calibration import calibrate_gaussian, check_target, smallest_noise_multiplier
 
 _HIGH_ORDERS = (72, 80, 96, 112, 128, 160, 192, 256)
 # Without replacement the bound between whole orders is interpolated: nothing to gain there.

@@ -118,7 +118,8 @@ def collect(path: Path, *, public: bool = False) -> SweepPage:
     about = place.read_grid(path)
     check_version(path, str(about["fedpers"]))
     named = _names({run["hash"]: run["coordinates"] for run in about["runs"]}, public)
-    runs, environments = _read(path, named)
+    stored, environments = _read(path, named)
+    runs = {named[address]: run for address, run in stored.items()}
     refused, failed = (
         {named[address]: entry for address, entry in place.read(path, name).items() if address in named}
         for name in (place.REFUSED, place.FAILED)
@@ -130,8 +131,8 @@ def collect(path: Path, *, public: bool = False) -> SweepPage:
         promises=_promises(
             {name: run.claim for name, run in runs.items()}, {name: run.config.data.name for name, run in runs.items()}
         ),
-        together=together(path, lambda address: named.get(address, address)),
-        results=None if public else _results(path),
+        together=together(path, lambda address: named.get(address, address), stored),
+        results=None if public else _results(path, stored),
         refused={name: entry["reason"] for name, entry in refused.items()},
         failed={name: entry["type"] + ("" if public else f": {entry['message']}") for name, entry in failed.items()},
         missing=[name for name in named.values() if name not in over],
@@ -144,13 +145,13 @@ def collect(path: Path, *, public: bool = False) -> SweepPage:
 
 
 def _read(path: Path, named: Named) -> tuple[dict[str, Run], list[Values]]:
-    """Read the finished runs by name, and their environments."""
+    """Read the finished runs by address, and their environments."""
     runs, environments = {}, []
     for address, name in named.items():
         directory = place.cell(path, address)
         if directory.finished:
             try:
-                runs[name], environment = read_run(directory.path)
+                runs[address], environment = read_run(directory.path)
             except FedpersError as error:
                 raise type(error)(f"{name}: {error}") from error
             environments.append(environment)
@@ -187,8 +188,8 @@ def _masked(claim: Claim) -> str:
     return said
 
 
-def _results(path: Path) -> Results:
-    table, users = results.collect(path)
+def _results(path: Path, stored: Mapping[str, Run]) -> Results:
+    table, users = results.collect(path, stored)
     pictures = [one for one in draw(path) if one.suffix == ".svg"]
     return Results(headlines(table, users), read_figures(pictures), user_by_user(table, users))
 

@@ -22,10 +22,16 @@ from typing import Any
 import yaml
 
 from fedpers.errors import RunDirectoryError
-from fedpers.run_directory import RunDirectory
+from fedpers.run_place import RunPlace
 
 Entries = dict[str, dict[str, Any]]  # by hash
 REFUSED, FAILED, GRID = "refused.json", "failed.json", "grid.yaml"
+
+
+def check(out: Path) -> None:
+    """Raise RunDirectoryError unless a sweep may be written here, or taken up."""
+    if out.exists() and not (out / "locks").is_dir() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunDirectoryError(f"{out} holds something that is no sweep; choose another place with --out.")
 
 
 def create(out: Path, grid: str = "", refused: Entries | None = None, addresses: Iterable[str] = ()) -> None:
@@ -35,8 +41,7 @@ def create(out: Path, grid: str = "", refused: Entries | None = None, addresses:
         RunDirectoryError: something else is there, or nothing can be written.
     """
     try:
-        if out.exists() and not (out / "locks").is_dir() and not (out.is_dir() and not any(out.iterdir())):
-            raise RunDirectoryError(f"{out} holds something that is no sweep; choose another place with --out.")
+        check(out)
         (out / "locks").mkdir(parents=True, exist_ok=True)
         out.chmod(0o700)  # metrics of single users are private
         (out / "cells").mkdir(exist_ok=True)
@@ -49,9 +54,9 @@ def create(out: Path, grid: str = "", refused: Entries | None = None, addresses:
         raise RunDirectoryError(f"{out}: cannot be written ({error.strerror}).") from error
 
 
-def cell(out: Path, address: str) -> RunDirectory:
-    """The run directory of a cell."""
-    return RunDirectory(out / "cells" / address)
+def cell(out: Path, address: str) -> RunPlace:
+    """Where the run of a cell lies."""
+    return RunPlace(out / "cells" / address)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ FIXED = {
 }
 
 
-def collect(out: Path) -> tuple[pa.Table, pa.Table]:
+def collect(out: Path, known: Mapping[str, Run] | None = None) -> tuple[pa.Table, pa.Table]:
     """Make, write and return both tables, from the finished runs of the grid that was swept last, in its order.
 
     The first has a row per run: coordinates, claim, what `summary.json` holds, noise over update, bytes and seconds
@@ -56,6 +56,10 @@ def collect(out: Path) -> tuple[pa.Table, pa.Table]:
     another kind with a 95% interval, p by the paired test of `statistics.compare`, users helped, tied and harmed, and
     the smallest gain that would be seen with 80% power. The second has a row per run, user and kind, where `user`
     is a position in the run and `person` the same for the same person in all runs.
+
+    Args:
+        out: the sweep's directory.
+        known: by hash, runs that have been read already.
 
     Raises:
         RunDirectoryError: `out` is no sweep, or cannot be written.
@@ -65,22 +69,25 @@ def collect(out: Path) -> tuple[pa.Table, pa.Table]:
     with place.locked(out):
         columns = {axis: axis.replace(".", "_") for run in runs for axis in run["coordinates"]}
         columns = {axis: column for axis, column in columns.items() if column not in FIXED}
-        stored = {run["hash"]: _stored(out, run) for run in runs if place.cell(out, run["hash"]).finished}
+        known = known or {}
+        finished = [run for run in runs if place.cell(out, run["hash"]).finished]
+        stored = {run["hash"]: known.get(run["hash"]) or _stored(out, run) for run in finished}
+        baselines = {one: stored[one].users for one in {run["baseline"] for run in finished} & stored.keys()}
         rows, tables = [], []
         numbers: dict[str, int] = {}
-        for run in runs:
-            if (one := stored.get(run["hash"])) is None:
-                continue
+        for run in finished:
+            one = stored[run["hash"]]
+            users = baselines.get(run["hash"]) or one.users
+            home = _own(baselines[run["baseline"]]) if run["baseline"] in baselines else None
             which = _which(run, one) | {column: run["coordinates"].get(axis) for axis, column in columns.items()}
-            local = stored.get(run["baseline"])
-            rows.append(which | _row(one, local))
-            tables.append(_labelled(_numbered(_with_local(one, local), one, numbers), which))
+            rows.append(which | _row(one, users, stored.get(run["baseline"]), home))
+            tables.append(_labelled(_numbered(_with_local(users, home), one, numbers), which))
         schema = _WHICH | dict.fromkeys(columns.values(), _TEXT)
         results = pa.Table.from_pylist(rows, schema=pa.schema(list((schema | FIXED).items())))
-        users = _joined(tables, schema)
+        joined = _joined(tables, schema)
         write_table(results, out / RESULTS)
-        write_table(users, out / USERS)
-    return results, users
+        write_table(joined, out / USERS)
+    return results, joined
 
 
 def _stored(out: Path, run: Mapping[str, Any]) -> Run:
@@ -96,8 +103,8 @@ def _which(run: Mapping[str, Any], one: Run) -> dict[str, Any]:
     return {"hash": run["hash"], "baseline": run["baseline"], **names}
 
 
-def _row(one: Run, local: Run | None) -> dict[str, Any]:
-    """Everything about a run but where it stands on the axes."""
+def _row(one: Run, users: pa.Table, local: Run | None, home: pa.Table | None) -> dict[str, Any]:
+    """Everything about a run but where it stands on the axes; `home` are the own models of its baseline."""
     claim, forecast, summary = one.claim, one.forecast, one.summary
     row = {name: getattr(claim, name) for name in ("unit", "trust", "epsilon", "delta")}
     row |= {name: summary[name] for name in ("claim", "metric", "higher_is_better", *_COST)}
@@ -106,9 +113,9 @@ def _row(one: Run, local: Run | None) -> dict[str, Any]:
         row |= {"forecast_epsilon": forecast.epsilon, "forecast_users": forecast.population}
     row |= {f"noise_to_update_{family}": ratio for family, ratio in summary["noise_to_update"].items()}
     metrics, comparisons = dict(summary["metrics"]), dict(summary["comparisons"])
-    if local is not None:
+    if local is not None and home is not None:
         metrics["local"] = local.summary["metrics"]["own"]
-        comparisons["local"] = asdict(_over_local(one, local))
+        comparisons["local"] = asdict(_over_local(one, users, home))
     for kind, found in metrics.items():
         row |= {f"{kind}_mean": found["mean"], f"{kind}_worst_decile": found["worst_decile"]}
         row |= dict(zip((f"{kind}_low", f"{kind}_high"), found["ci95"], strict=True))
@@ -122,10 +129,10 @@ def _row(one: Run, local: Run | None) -> dict[str, Any]:
     return row
 
 
-def _over_local(one: Run, local: Run) -> Comparison:
+def _over_local(one: Run, users: pa.Table, home: pa.Table) -> Comparison:
     """Compare the own models of a run with those of its local-only baseline, on the same people and test records."""
     metric, keys = one.summary["metric"], ("user", "test_records")
-    mine, theirs = (found.users.filter(pc.equal(found.users["kind"], "own")).sort_by("user") for found in (one, local))
+    mine, theirs = _own(users).sort_by("user"), home.sort_by("user")
     if any(not mine[key].equals(theirs[key]) for key in keys):
         raise DataError("the local-only baseline of a cell was measured on other people or records; run both again.")
     return compare(
@@ -134,11 +141,15 @@ def _over_local(one: Run, local: Run) -> Comparison:
     )  # fmt: skip
 
 
-def _with_local(one: Run, local: Run | None) -> pa.Table:
+def _own(users: pa.Table) -> pa.Table:
+    return users.filter(pc.equal(users["kind"], "own"))
+
+
+def _with_local(users: pa.Table, home: pa.Table | None) -> pa.Table:
     """Add the baseline's own models as the kind `local`; record by record it was not compared with them."""
-    table = _nullable(one.users)
-    if local is not None:
-        theirs = _nullable(local.users.filter(pc.equal(local.users["kind"], "own")))
+    table = _nullable(users)
+    if home is not None:
+        theirs = _nullable(home)
         unknown = pa.nulls(theirs.num_rows, _COUNT)
         theirs = _set(theirs, {"kind": pa.repeat("local", theirs.num_rows), "only_own": unknown, "only_other": unknown})
         table = pa.concat_tables([table, theirs])

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedpers.config import Config, load_config
 from fedpers.errors import LedgerError
@@ -19,6 +20,9 @@ from fedpers.privacy.ledger import Ledger
 from fedpers.privacy.spending import composed, kind, spending
 from fedpers.public import without_folders
 from fedpers.run_directory import MEMBERS
+
+if TYPE_CHECKING:
+    from fedpers.simulation import Run
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class _Spent:
     epsilon: float
 
 
-def together(out: Path, name: Callable[[str], str] = str) -> list[Together]:
+def together(out: Path, name: Callable[[str], str] = str, known: Mapping[str, Run] | None = None) -> list[Together]:
     """Say for each source of people what all runs in `out` promise together.
 
     Runs are grouped by source, not by members or seed: that can only make the numbers larger.
@@ -47,6 +51,7 @@ def together(out: Path, name: Callable[[str], str] = str) -> list[Together]:
     Args:
         out: a sweep's directory.
         name: how to call the run with an address, in errors.
+        known: by address, runs that have been read already.
 
     Raises:
         LedgerError: a ledger was edited or is torn; the message names the run.
@@ -55,7 +60,7 @@ def together(out: Path, name: Callable[[str], str] = str) -> list[Together]:
     for path in sorted((out / "cells").iterdir()):
         if (path / "config.yaml").exists() and (path / "ledger.jsonl").exists():
             try:
-                found = _read(path, load_config(path / "config.yaml"))
+                found = _read(path, (known or {}).get(path.name))
             except LedgerError as error:
                 raise LedgerError(f"{name(path.name)}: {error}") from error
             if found.ledger.releases:
@@ -63,8 +68,9 @@ def together(out: Path, name: Callable[[str], str] = str) -> list[Together]:
     return [Together(source, _sentences(runs)) for source, runs in spent.items()]
 
 
-def _read(path: Path, config: Config) -> _Spent:
-    ledger = Ledger.load(path / "ledger.jsonl")
+def _read(path: Path, run: Run | None) -> _Spent:
+    config = load_config(path / "config.yaml") if run is None else run.config
+    ledger = Ledger.load(path / "ledger.jsonl") if run is None else run.ledger
     members = path / "private" / MEMBERS
     # where nobody is listed, the data section and the seed decide
     people = members.read_bytes() if members.exists() else repr((config.data, config.seed)).encode()
