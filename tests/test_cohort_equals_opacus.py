@@ -263,6 +263,29 @@ def test_hooks_find_the_same_where_autograd_makes_no_gradient(tiny: Tiny, tmp_pa
         assert torch.equal(found[name], expected[name])
 
 
+def test_a_pass_that_broke_leaves_nothing_behind(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_clients(tiny(), tmp_path).model
+    users = [5, 0, 3, 6]
+    parameters, step = scattered(model, len(users)), mixed(model, users)
+    expected, clipped = clipped_sums(model, parameters, step, BOTH, clip=0.5)
+    assert clipped > 0
+
+    def broken(scores: Tensor, targets: Tensor) -> Tensor:
+        raise FloatingPointError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.task, "loss", broken)
+        with pytest.raises(FloatingPointError):
+            clipped_sums(model, parameters, step, BOTH, clip=0.5)
+    assert not any(layer.per_record for layer in model.layers.values() if isinstance(layer, CohortLinear))
+    found, _ = clipped_sums(model, parameters, step, BOTH, clip=0.5)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+    plain = {name: value.clone() for name, value in parameters.items()}
+    train_phase(model, plain, BOTH, [step], TrainConfig())
+    assert all(not torch.equal(plain[name], parameters[name]) for name in model.names(BOTH))
+
+
 @pytest.mark.parametrize("train", [BOTH, ("adapter",), ("head",)], ids="+".join)
 def test_clipped_sums_are_those_of_plain_opacus(tiny: Tiny, tmp_path: Path, train: tuple[str, ...]) -> None:
     config = tiny(task={"candidates": 4, "scale": 1.0}, model={"adapter": {"layers": 2, "rank": 2, "alpha": 4}})

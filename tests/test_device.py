@@ -25,9 +25,9 @@ from conftest import SECRET, save_random_tiny_llama
 from fedpers.config import Config, dump_config
 from fedpers.errors import ConfigError
 from fedpers.experiment import build_model, prepare
-from fedpers.finished_run import Which
+from fedpers.finished_run import Which, open_run
 from fedpers.identity import identity
-from fedpers.models.backbone import Backbone
+from fedpers.models.assets import cache_dir
 from fedpers.reporting import Reporter
 from fedpers.simulation import Run, simulate
 from fedpers.try_model import generate
@@ -98,6 +98,7 @@ def test_runs_elsewhere_are_those_on_the_cpu(tiny: Callable[..., Config], tmp_pa
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(yaml.safe_load(dump_config(config)) | {"privacy": config.privacy.model_dump()}))
         arguments += [file, tmp_path / "there" / name]
+    kept = set(cache_dir().glob("features/*"))
     done = elsewhere("-m", "elsewhere", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
@@ -115,6 +116,7 @@ def test_runs_elsewhere_are_those_on_the_cpu(tiny: Callable[..., Config], tmp_pa
                 np.testing.assert_allclose(theirs[column], values, rtol=1e-4, atol=1e-4, err_msg=f"{name} {column}")
             else:
                 assert theirs[column] == values, (name, column)
+    assert len(set(cache_dir().glob("features/*")) - kept) >= 3  # what the CPU has computed is not read elsewhere
     assert "sensitivity of one record" in told["probe"]
     assert set(told["probe"].values()) == {"consistent"}
     assert told["text"] == generate(here["language-model"].path, "one two three", Which(shared=True), tokens=4)
@@ -126,10 +128,14 @@ def test_the_made_up_device_refuses_what_a_real_one_does() -> None:
     assert done.stdout.split() == ["add", "numpy"]
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "nowhere"])
-def test_a_device_that_is_not_there_is_named(tiny: Callable[..., Config], random_tiny_bert: Path, device: str) -> None:
+@pytest.mark.parametrize("device", ["cuda:7", "nowhere", "meta"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_device_that_is_not_there_is_named_before_anything_is_begun(
+    tiny: Callable[..., Config], tmp_path: Path, device: str, precision: str
+) -> None:
     with pytest.raises(ConfigError, match=f"engine.device={device}: .* set engine.device=cpu"):
-        Backbone(str(random_tiny_bert), device)
+        simulate(tiny(engine={"device": device, "precision": precision}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_device_marks_what_a_secret_was_used_for(tiny: Callable[..., Config], tmp_path: Path) -> None:
@@ -138,3 +144,13 @@ def test_a_device_marks_what_a_secret_was_used_for(tiny: Callable[..., Config], 
     experiment = prepare(config)
     model = build_model(experiment, Reporter())
     assert identity(experiment, model) != identity(replace(experiment, config=moved), model)
+
+
+def test_a_finished_run_from_a_device_that_is_not_here_says_where_to_change_it(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    run = simulate(tiny(rounds=1, evaluation={"local_only": False}), tmp_path / "run")
+    stored = run.path / "config.yaml"
+    stored.write_text(stored.read_text().replace("device: cpu", "device: cuda:7"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: engine\.device=cuda:7: .* set engine\.device=cpu"):
+        open_run(run.path)

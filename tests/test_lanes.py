@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from conftest import SECRET, Command
 from fedpers.audit.probe import probe as audit
 from fedpers.cohort import lanes
-from fedpers.cohort.batching import ALIKE, WORTH, microbatches
+from fedpers.cohort.batching import ALIKE, SMALL_PASS, microbatches
 from fedpers.cohort.gradients import Gradients
 from fedpers.cohort.lanes import Lanes, passes
 from fedpers.cohort.model import CohortModel
@@ -63,10 +63,10 @@ def test_passes_keep_to_the_budget_and_pad_no_more_than_another_pass_costs(lengt
         longest, shortest = int(lengths[part].max()), int(lengths[part].min())
         tokens = len(part) * longest
         assert tokens <= budget or len(part) == 1
-        if tokens - longest >= WORTH:  # it would be worth its while without the last one
+        if tokens - longest >= SMALL_PASS:  # it would be worth its while without the last one
             assert shortest >= ALIKE * longest
         if number + 1 < len(parts):
-            assert tokens >= WORTH or tokens + longest > budget
+            assert tokens >= SMALL_PASS or tokens + longest > budget
 
 
 @given(

@@ -21,11 +21,12 @@ from conftest import SECRET
 from fedpers import frontier, simulation
 from fedpers.config import Config
 from fedpers.errors import ConfigError, LedgerError, RunDirectoryError
-from fedpers.experiment import Reuse, build_model, prepare
+from fedpers.experiment import Experiment, Reuse, build_model, prepare
 from fedpers.privacy.claim import Claim
 from fedpers.privacy.ledger import Ledger
 from fedpers.public import export_public
 from fedpers.reporting import Reporter
+from fedpers.run_directory import RunDirectory
 from fedpers.simulation import Run, load, simulate
 
 pytestmark = pytest.mark.pictures
@@ -379,6 +380,21 @@ def test_a_finished_run_is_read_back(fedper: Run, tmp_path: Path) -> None:
     assert (found.claim, found.summary) == (fedper.claim, fedper.summary)
     with pytest.raises(RunDirectoryError, match="holds another run"):
         simulate(fedper.config, fedper.path)
+
+
+def test_a_directory_that_was_taken_meanwhile_is_not_joined(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out, prepared = tiny(), tmp_path / "run", simulation.prepare
+
+    def slow(*given: Any) -> Experiment:
+        RunDirectory.create(out, config)  # another process was faster
+        return prepared(*given)
+
+    monkeypatch.setattr(simulation, "prepare", slow)
+    with pytest.raises(RunDirectoryError, match="holds another run"):
+        simulate(config, out)
+    assert not (out / "ledger.jsonl").exists()
 
 
 # --- the frontier -----------------------------------------------------------------------------------------------------

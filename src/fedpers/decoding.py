@@ -66,8 +66,8 @@ def write(
     ids, places, mask, last, lengths = (one.to(model.device) for one in (ids, places, mask, last, lengths))
     end, written = model.backbone.tokenizer.eos_token_id, list[Tensor]()
     going = torch.ones(len(rows), dtype=torch.bool)
-    model.owners.set(model.place(owners))
-    row = model.place(np.arange(len(rows)))
+    model.owners.set(model.on_device(owners))
+    row = model.on_device(np.arange(len(rows)))
     with model.mixed(rows):
         while len(written) < tokens and going.any():
             found = model.backbone.model(

@@ -25,7 +25,7 @@ from fedpers.flower.strategy import stock_strategy
 from fedpers.methods.base import Method
 from fedpers.models import adapters
 from fedpers.models.array_names import HEAD, array_name, family_of, group_of
-from fedpers.models.backbone import Backbone
+from fedpers.models.backbone import Backbone, usable
 from fedpers.plan import Plan, encodes, plan
 from fedpers.population import sample
 from fedpers.privacy.claim import METRICS, TUNING
@@ -101,6 +101,7 @@ def prepare(config: Config, reuse: Reuse | None = None, federation: Federation |
         FedpersError: whatever cannot be used or claimed, before any work is done.
     """
     reuse = reuse or Reuse()
+    usable(config.engine.device)
     own_plan = method_plan(config.method, config)
     local_plan = method_plan("local", config.model_copy(update={"options": {}}))
     check_setup(config, own_plan)  # refusals that need no data come first

@@ -23,6 +23,7 @@ from fedpers.formats.tables import Bad, as_text
 from fedpers.methods.base import PERSONAL, Phase
 from fedpers.models import adapters
 from fedpers.models.array_names import group_of
+from fedpers.models.backbone import usable
 from fedpers.plan import Plan, encodes
 from fedpers.privacy.guarantee import Guarantee, resolve
 from fedpers.privacy.randomness import seed_key
@@ -93,6 +94,10 @@ def open_run(path: Path) -> Finished:
     if not (path / "config.yaml").exists() or not (path / "claim.json").exists():
         raise RunDirectoryError(f"{path}: no finished run; finish it with `fedpers run ... --resume` first.")
     config = load_config(path / "config.yaml")
+    try:
+        usable(config.engine.device)
+    except ConfigError as error:
+        raise ConfigError(f"{path / 'config.yaml'}: {error}") from error
     plan = method_plan(config.method, config)
     task = find("tasks", config.task.name, Task)(config.task)  # type: ignore[type-abstract]
     folder = path / "adapters"

@@ -92,7 +92,7 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
     for point in entry_points(group=f"fedpers.{kind}"):
         if point.name == name:
             return _load(kind, point, base)
-    _check_known(kind, name)
+    _check_known(kind, name, KEYS[kind])
     path = f"fedpers.{kind}.{name.replace('-', '_')}"
     with _told(path):
         module = importlib.import_module(path)
@@ -106,21 +106,22 @@ def find(kind: str, name: str, base: type[T]) -> type[T]:
 
 def check_named(*configs: Config) -> None:
     """Raise ConfigError unless there are entries of all the names in these configurations; imports none of them."""
-    named: dict[tuple[str, str], None] = {}
+    named: dict[tuple[str, str, str], None] = {}
     for config in configs:
-        methods = (config.method, *(config.frontier.methods if config.frontier else ()))
-        named |= {("methods", name): None for name in methods}
-        named |= {("tasks", config.task.name): None, ("data", config.data.name): None}
-    for kind, name in named:
-        _check_known(kind, name)
+        given = {"methods": config.method, "tasks": config.task.name, "data": config.data.name}
+        named |= {(kind, name, KEYS[kind]): None for kind, name in given.items()}
+        drawn = config.frontier.methods if config.frontier else ()
+        named |= {("methods", name, "frontier.methods"): None for name in drawn}
+    for kind, name, key in named:
+        _check_known(kind, name, key)
 
 
-def _check_known(kind: str, name: str) -> None:
+def _check_known(kind: str, name: str, key: str) -> None:
     known = names(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"{KEYS[kind]} = {name!r}: unknown; {hint}known: {', '.join(known)}.")
+        raise ConfigError(f"{key} = {name!r}: unknown; {hint}known: {', '.join(known)}.")
 
 
 def source_of(entry: type) -> str:

@@ -137,6 +137,7 @@ def _simulate(
 ) -> Run:
     began = time.monotonic()
     place = place_of_run(out, config.name, resume)
+    resumed = resume and place.started  # what comes to lie there from now on is another's
     experiment = prepare(config, reuse)
     refused = frontier.check(config, lambda cell: prepare(cell, reuse)) if config.frontier else {}
     if config.frontier is not None and config.method not in config.frontier.methods:
@@ -144,14 +145,14 @@ def _simulate(
         reporter.message(f"no picture: frontier.methods is {drawn}; frontier.methods=[{config.method}] draws this one")
         config = config.model_copy(update={"frontier": None})
         experiment = replace(experiment, config=config)
-    directory = RunDirectory.reopen(place.path, config) if place.started else RunDirectory(place.path)
-    if directory.finished:
+    directory = RunDirectory.reopen(place.path, config) if resumed else RunDirectory(place.path)
+    if resumed and directory.finished:
         reporter.message(f"{directory.path}: this run is finished already")
         return load(directory.path, config)
     if not reuse.models:  # once for all runs in a picture
         reporter.message(_people(experiment))
     model = build_model(experiment, reporter, reuse)
-    if not directory.started:  # the first write: what a user can mend has been found by now
+    if not resumed:  # the first write: what a user can mend has been found by now
         directory = RunDirectory.create(directory.path, config)
     tracking.start(config, directory.path)
     if config.engine.tune:

@@ -44,9 +44,9 @@ def sweep(
     from fedpers.sweep.grid import read_grid
 
     found = read_grid(grid, overrides or [])
-    check_named(*(cell.config for cell in found.runs))
     where = out or Path("runs") / found.name
     place.check(where)
+    check_named(*(cell.config for cell in found.runs))
     try:  # from here on torch is imported: what comes before is answered at once
         from fedpers.sweep.runner import sweep as run
 

@@ -14,7 +14,7 @@ from fedpers.tasks.base import Examples
 Index = NDArray[np.int64]
 
 ALIKE = 0.9  # of the longest record's tokens
-WORTH = 512  # padded tokens
+SMALL_PASS = 512  # padded tokens
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def _step(batches: Sequence[Index | None]) -> Step:
 def microbatches(lengths: Index, token_budget: int) -> Iterator[Index]:
     """Cut records, sorted by length, into passes of at most `token_budget` padded tokens; yields positions.
 
-    A pass that has WORTH tokens also ends where records get shorter than ALIKE of its longest: from there on padding
-    costs more than another pass.
+    A pass that has SMALL_PASS tokens also ends where records get shorter than ALIKE of its longest: from there on
+    padding costs more than another pass.
     """
     positions = np.argsort(-lengths, kind="stable")
     descending = lengths[positions]
@@ -92,6 +92,6 @@ def microbatches(lengths: Index, token_budget: int) -> Iterator[Index]:
     while start < len(positions):
         longest = max(1, int(descending[start]))
         alike = int(np.searchsorted(-descending, -ALIKE * longest, side="right")) - start
-        size = max(1, min(token_budget // longest, max(alike, -(-WORTH // longest))))
+        size = max(1, min(token_budget // longest, max(alike, -(-SMALL_PASS // longest))))
         yield positions[start : start + size]
         start += size

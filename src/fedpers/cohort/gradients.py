@@ -89,12 +89,13 @@ class Gradients:
     def _take(self, model: CohortModel, optimizer: torch.optim.Optimizer) -> None:
         """Put Opacus's hooks on a lane's model."""
         given = self._protection
+        model.per_record(given is not None)
         if given is None:
             self._private.append(None)
             return
         self._open.callback(GradSampleHooks(model, loss_reduction="sum").cleanup)
         self._open.callback(model.per_record, False)
-        model.per_record(True)
+        self._open.callback(_forget, model)
         self._private.append(
             CohortDPOptimizer(
                 optimizer,
@@ -141,16 +142,16 @@ class Gradients:
     def _run(self, lane: int, number: int, parts: Sequence[Index]) -> float:
         model, private, step = self._lanes[lane], self._private[lane], self._steps[number]
         fixed = self._contexts
-        weights, total = model.place(step.weights), 0.0
+        weights, total = model.on_device(step.weights), 0.0
         for part in parts:
             rows, owners = step.rows[part], torch.from_numpy(step.owners[part])
             if fixed is None:
                 context = model.contexts(rows, owners)
             else:
-                context = fixed.encoded.index_select(0, model.place(fixed.places[number][part]))
+                context = fixed.encoded.index_select(0, model.on_device(fixed.places[number][part]))
             losses = model.losses(context, rows, owners)
             if private is None:
-                (losses * weights[model.place(part)]).sum().backward()  # type: ignore[no-untyped-call]
+                (losses * weights[model.on_device(part)]).sum().backward()  # type: ignore[no-untyped-call]
             else:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 private.accumulate()
@@ -169,3 +170,10 @@ class Gradients:
             if theirs.grad is not None:
                 mine.grad = theirs.grad if mine.grad is None else mine.grad + theirs.grad
                 theirs.grad = None
+
+
+def _forget(model: CohortModel) -> None:
+    """Drop what Opacus's hooks keep between a forward and a backward pass, where a pass broke in between."""
+    for layer in model.layers.values():
+        for name in ("activations", "max_batch_len"):
+            layer.__dict__.pop(name, None)

@@ -100,7 +100,7 @@ def train_phase(
             for name, (low, high) in bounds.items():
                 weights[name].data = torch.minimum(torch.maximum(weights[name].detach(), low), high)
             if not step.active.all():
-                _restore(list(weights.values()), before, model.place(step.active))
+                _restore(list(weights.values()), before, model.on_device(step.active))
             if rule.inner is not None:
                 if number % 2 == 0:
                     origin = before

@@ -132,7 +132,9 @@ class CohortModel(nn.Module):
         # Adapters at their initial values change nothing, so that this is the frozen backbone.
         self.load(self.broadcast(1))
         first = self.backbone.model.register_forward_pre_hook(
-            lambda _module, _args, kwargs: self.owners.set(self.place(np.zeros(len(kwargs["input_ids"]), np.int64))),
+            lambda _module, _args, kwargs: self.owners.set(
+                self.on_device(np.zeros(len(kwargs["input_ids"]), np.int64))
+            ),
             with_kwargs=True,
         )
         try:
@@ -244,7 +246,7 @@ class CohortModel(nn.Module):
             if isinstance(layer, CohortLinear):
                 layer.per_record = on
 
-    def place(self, array: NDArray[Any]) -> Tensor:
+    def on_device(self, array: NDArray[Any]) -> Tensor:
         """Return an array as a tensor on the model's device."""
         return torch.from_numpy(array).to(self.device)
 
@@ -254,7 +256,7 @@ class CohortModel(nn.Module):
         """
         if self.prefix is None:
             assert self.frozen_contexts is not None
-            return self.frozen_contexts.index_select(0, self.place(rows))
+            return self.frozen_contexts.index_select(0, self.on_device(rows))
         hidden, mask = (one.to(self.device) for one in self.prefix.batch(rows))
         if self.layer == self.backbone.depth:
             return self.task.context(hidden, mask, self.longest)
@@ -267,7 +269,7 @@ class CohortModel(nn.Module):
         if self.gate is None:
             return nullcontext()
         assert self.features is not None
-        second = weights(self.gate, self.features[self.place(rows)], self.link)
+        second = weights(self.gate, self.features[self.on_device(rows)], self.link)
         return mixed(self.lora_layers, self.scaling, second)
 
     def scores(self, contexts: Tensor, rows: Index, owners: Tensor) -> Tensor:
@@ -297,7 +299,7 @@ class CohortModel(nn.Module):
     def targets(self, rows: Index) -> Tensor:
         """Return the numbers to predict, (records,); zeros for a task without."""
         targets = self.examples.targets
-        return self.place(targets[rows] if len(targets) else np.zeros(len(rows), np.float32))
+        return self.on_device(targets[rows] if len(targets) else np.zeros(len(rows), np.float32))
 
     @torch.no_grad()
     def all_contexts(self, rows: Index, owners: NDArray[np.int64]) -> Tensor:
@@ -310,7 +312,7 @@ class CohortModel(nn.Module):
         def encode(model: CohortModel, part: Index) -> None:
             model.follow(self)
             with torch.no_grad():  # which holds for the thread that says it
-                result[self.place(part)] = model.contexts(rows[part], torch.from_numpy(owners[part]))
+                result[self.on_device(part)] = model.contexts(rows[part], torch.from_numpy(owners[part]))
 
         parts = list(microbatches(self.lengths[rows], self.budget))
         for _ in self.lanes.each(encode, parts, self.effort(int(self.lengths[rows].sum())) / 2):

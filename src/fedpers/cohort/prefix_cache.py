@@ -112,6 +112,9 @@ def _cached(
         _compute(found, backbone, tokens, fill, budget, progress, what)
         return found
     digest = hashlib.sha256(f"{FORMAT} {backbone.first.fingerprint()} {kind} {kept_as}".encode())
+    # A run may get the same noise again only if it computes the same: what is kept is told apart as `identity` does.
+    if kept_as == "fp16" or backbone.first.device.type != "cpu":
+        digest.update(f"{backbone.first.device} {budget} {backbone.count}".encode())
     digest.update(tokens.lengths.numpy().tobytes())
     for ids in tokens.ids:
         digest.update(ids.numpy().tobytes())

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 
 def supported(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware; elsewhere such products are right, but slower than fp32."""
+    """Whether a device multiplies bfloat16 in hardware, which is taken for granted of all but CPUs; elsewhere such
+    products are right, but slower than fp32.
+    """
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

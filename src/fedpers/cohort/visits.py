@@ -134,5 +134,5 @@ def _centroid(model: CohortModel, examples: Examples, cohort: Sequence[int], cou
         )
     if model.features is None:
         raise ConfigError("visit.centroid needs the features that a gate is made of; name the group gate in scopes.")
-    parts = [model.features[model.place(examples.train[user][:count])] for user in cohort]
+    parts = [model.features[model.on_device(examples.train[user][:count])] for user in cohort]
     return torch.stack([part.sum(dim=0) / max(len(part), 1) for part in parts]).cpu()

@@ -61,7 +61,7 @@ class Backbone:
         """
         import transformers
 
-        self.device = _device(device)
+        self.device = usable(device)
 
         transformers.utils.logging.disable_progress_bar()
         self.name = name
@@ -218,6 +218,19 @@ class Backbone:
             setattr(self._parent, self._attribute, self.blocks)
 
 
+def usable(name: str) -> torch.device:
+    """Return a device by its name; raises ConfigError if PyTorch has none such here, or cannot read what lies there."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not being there
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"engine.device={name}: PyTorch has no such device here ({reason}); set engine.device=cpu."
+        ) from error
+    return device
+
+
 def next_tokens(tokens: Tokens, rows: NDArray[np.int64], width: int) -> Tensor:
     """Return the token after each position, (rows, width); -1 where none is to be predicted, or beyond the text."""
     found = torch.full((len(rows), width), -1, dtype=torch.long)
@@ -246,18 +259,6 @@ def _locate(name: str) -> str:
     if not Path(name).exists() and "/" not in name:
         assets.get(name)  # raises, with the nearest asset's name
     return name
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not being there
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"engine.device={name}: PyTorch has no such device here ({reason}); set engine.device=cpu."
-        ) from error
-    return device
 
 
 def _stack(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.ModuleList]:

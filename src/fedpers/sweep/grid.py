@@ -199,7 +199,9 @@ def _check_keys(
                 raise ConfigError(f"{where}: {key!r} is set twice; name it, and what it is part of, once.")
         for text in overrides:
             given = text.partition("=")[0].strip()
-            if given.split(".")[0] in GRID_KEYS or any(_within(given, key) for key in keys):
+            if given.split(".")[0] in GRID_KEYS:
+                raise ConfigError(f"override {given!r}: only keys of the base can be changed here; edit {where}.")
+            if any(_within(given, key) for key in keys):
                 raise ConfigError(f"override {given!r}: {where} sets it itself; change it there.")
 
 
