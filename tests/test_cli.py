@@ -116,7 +116,7 @@ TOLD_AT_ONCE = {
     "run nowhere.yaml": "nowhere.yaml: cannot be read",
     "run tiny.yaml epsilon=2": "unknown key 'epsilon'; did you mean 'privacy.epsilon'?",
     "run tiny.yaml method=fedrap": "did you mean 'fedrep'?",
-    'run tiny.yaml frontier={"methods":["fedrap"],"epsilons":[1]}': "frontier.methods = 'fedrap': unknown; did you mean 'fedrep'?",
+    'run tiny.yaml frontier={"methods":["fedrap"],"epsilons":[1]}': "frontier.methods = 'fedrap': unknown;",
     "run tiny.yaml data.name=syntetic": "did you mean 'synthetic'?",
     "run tiny.yaml task.name=reply-rank": "did you mean 'reply-ranking'?",
     "run tiny.yaml --out taken": "taken holds another run",

@@ -22,9 +22,6 @@ from fedpers.flower import messages as wire
 from fedpers.flower.aggregation import serve
 from fedpers.privacy import refusals
 from flip import flip
-from test_probe import counted_once
-
-__all__ = ["counted_once"]  # a fixture
 
 USER = {"unit": "user", "epsilon": 4, "delta": 1e-4, "clip": 0.05}
 RECORD = {"unit": "record", "epsilon": 4, "delta": 1e-4, "clip": 0.05}
@@ -93,7 +90,7 @@ CONTROLS = {
     ),
     "noise off, record": Control(
         "fedpers.cohort.optimizer",
-        "parameter.grad = parameter.summed_grad + deviation * draw",
+        "parameter.grad = parameter.summed_grad + added",
         "parameter.grad = parameter.summed_grad + 0.0 * draw",
         "noise", {"privacy": RECORD},
     ),

@@ -106,8 +106,8 @@ def test_batch_statistics_of_frozen_layers_do_not_couple_records(
 ) -> None:
     made = Backbone.__init__
 
-    def with_batch_norm(self: Backbone, name: str) -> None:
-        made(self, name)
+    def with_batch_norm(self: Backbone, *given: str) -> None:
+        made(self, *given)
         self.blocks[2] = Normalized(self.blocks[2], self.width).requires_grad_(False).train()
 
     monkeypatch.setattr(Backbone, "__init__", with_batch_norm)

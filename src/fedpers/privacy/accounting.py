@@ -187,8 +187,8 @@ def finite_epsilon(events: tuple[GaussianEvent, ...], delta: float, coarseness: 
     contributions u and v of norm 1 or less. At alpha >= 1 their divergence is q E max(0, 1 - b exp(X) - c exp(Y)) with
     constants b, c >= 0 and, under N(u), the log-ratios X of N(0) and Y of N(v) to N(u). X and Y are Gaussian with means
     of minus half their variances, so the expectation of a convex function of b exp(X) + c exp(Y) grows with both
-    variances, |u|^2 / z^2 and |u-v|^2 / z^2, and with their covariance, <u, u-v> / z^2; v = -u with |u| = 1 has the
-    largest of all three. For alpha < 1 exchange the two.
+    variances, `|u|^2 / z^2` and `|u-v|^2 / z^2`, and with their covariance, `<u, u-v> / z^2`; v = -u with `|u| = 1`
+    has the largest of all three. For alpha < 1 exchange the two.
     """
     sensitivity = 2 if replace_one else 1
     mu = sensitivity * math.hypot(*(math.sqrt(event.count) / event.noise_multiplier for event in events))
