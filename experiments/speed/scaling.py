@@ -94,17 +94,20 @@ def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
 
     with style():
         fig = new_figure(7.2, 5.4)
-        for ax, (what, points) in zip(fig.subplots(2, 2).flat, found.items(), strict=True):
+        for place, (ax, (what, points)) in enumerate(zip(fig.subplots(2, 2).flat, found.items(), strict=True)):
             seconds = [one["present"] + one["train"] for one in points.values()]
             ax.plot(list(points), seconds, "o-", color=BLUE, label="seconds")
-            ax.plot(
-                list(points), [one["peak"] / 1e8 for one in points.values()], "s--", color=GREY, label="peak, 100 MB"
-            )
+            ax.plot(list(points), [one["peak"] / 1e9 for one in points.values()], "s--", color=GREY, label="peak, GB")
             ax.set_xlabel(LABELS[what])
             if what != "layers":
-                ax.set_xscale("log", base=10 if what == "users" else 2)
-                ax.set_yscale("log")
-            ax.legend(loc="best")
+                ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.set_xticks(list(points), [f"{value:,}" for value in points], minor=False)
+            ax.set_ylim(0.5, 500)
+            ax.set_yticks([1, 10, 100], ["1", "10", "100"])
+            ax.minorticks_off()
+            if place == 0:
+                ax.legend(loc="upper left")
         title(fig, "Cost of one round")
         save(fig, path.parent, path.stem)
 
