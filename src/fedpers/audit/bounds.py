@@ -57,6 +57,11 @@ class Finding:
     detail: str
     numbers: dict[str, float]
 
+    @property
+    def told(self) -> str:
+        """The verdict in words: where nothing is claimed an attack refutes nothing, however much it finds."""
+        return self.verdict if math.isfinite(self.claimed) else "nothing claimed"
+
     def to_dict(self) -> dict[str, Any]:
         """All fields for JSON, which has no infinity and no NaN: "inf" or "-inf" for the first, None for the second."""
         plain = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}

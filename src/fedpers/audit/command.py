@@ -165,7 +165,7 @@ def print_audit(found: Audit, out: Path, console: Console) -> None:
         for one in others:
             empirical = f"{one.empirical:.2f}" + (" (est.)" if one.kind == "estimate" else "")
             name = f"{one.name}: {one.what} ({one.unit})"
-            table.add_row(name, _number(one.claimed), empirical, _number(one.ceiling), one.verdict)
+            table.add_row(name, _number(one.claimed), empirical, _number(one.ceiling), one.told)
         console.print(table)
     if found.inversion:
         table = Table("gradient inversion", *(key.replace("_", " ") for key in _RATES), box=SIMPLE)

@@ -58,11 +58,6 @@ def claimed_and_found_of_runs(audits: Mapping[str, Sequence[Finding]], directory
     return claimed_and_found(bounds, {}, directory, f"{title}\n{len(bounds)} bounds, of which each holds with 95%")
 
 
-def _verdict(one: Finding) -> str:
-    """Where nothing is claimed an attack refutes nothing, however much it finds."""
-    return one.verdict if math.isfinite(one.claimed) else "nothing claimed"
-
-
 def _draw_epsilons(ax: Axes, rows: Sequence[Finding]) -> None:
     # Ceilings may lie far beyond what matters; a bar that reaches the edge goes on behind it.
     edge = 1.4 * max([3.0, *(v for f in rows for v in (f.claimed, f.empirical) if math.isfinite(v))])
@@ -76,7 +71,7 @@ def _draw_epsilons(ax: Axes, rows: Sequence[Finding]) -> None:
             ax.plot(one.claimed, place, marker="D", color="black", markersize=7, zorder=4)
         else:
             ax.annotate("none claimed", (edge, place), ha="right", va="center", fontsize=8, color=GREY)
-    ax.set_yticks(range(len(rows)), [f"{one.name}: {one.what}\n({_verdict(one)})" for one in rows], fontsize=7.5)
+    ax.set_yticks(range(len(rows)), [f"{one.name}: {one.what}\n({one.told})" for one in rows], fontsize=7.5)
     ax.invert_yaxis()
     ax.set_xlim(0, edge)
     ax.grid(visible=False, axis="y")
