@@ -151,8 +151,10 @@ class Backbone:
         raise ConfigError(f"model.backbone {self.name!r}: block {layer} is never run.")
 
     def above(self, hidden: Tensor, mask: Tensor, layer: int) -> Tensor:
-        """Run block `layer` and those above on its input (rows, tokens, width); returns the last hidden states."""
-        hidden, mask = hidden.to(self.device), mask.to(self.device)
+        """Run block `layer` and those above on its input (rows, tokens, width); returns the last hidden states.
+
+        Input and mask are on the backbone's device.
+        """
         # The model builds masks and positions itself; what it makes of the embeddings is replaced at the first block.
         handle = self.blocks[layer].register_forward_pre_hook(
             lambda _module, args, kwargs: (
@@ -181,7 +183,12 @@ class Backbone:
 
     def _public_text(self) -> Tensor:
         """Token ids (1, tokens) of a text that is nobody's, to try things on."""
-        return self.tokenize(["a text to compare with itself, and no more than that"], 16).ids[0].unsqueeze(0)
+        return (
+            self.tokenize(["a text to compare with itself, and no more than that"], 16)
+            .ids[0]
+            .unsqueeze(0)
+            .to(self.device)
+        )
 
     def check_half(self, layer: int) -> None:
         """Refuse to keep what block `layer` reads in 16 bits where these cannot hold it, by the look of a public text.
@@ -202,7 +209,7 @@ class Backbone:
         mask = torch.ones_like(ids)
         whole = self.encode(ids, mask)
         with torch.no_grad():
-            parts = pool(self.above(self.below(ids, mask, layer), mask, layer), mask.to(self.device))
+            parts = pool(self.above(self.below(ids, mask, layer), mask, layer), mask)
         if not torch.allclose(whole, parts, atol=1e-5):
             raise ConfigError(
                 f"model.backbone {self.name!r}: cutting it at block {layer} changes its output, so its frozen part "
